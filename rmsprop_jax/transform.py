@@ -66,7 +66,9 @@ def negate(a: OneArray, n: Numbers) -> OneArray:
 
 def decay_weights(a: OneArray, n: Numbers) -> OneArray:
     """``g ← g + weight_decay · p``: an L2 penalty."""
-    return a if a.p is None else a._replace(g=a.g + n["weight_decay"] * a.p)
+    # Written −(−g − weight_decay · p), which has the same bits: XLA's CPU compiler repeats a negation in every loop
+    # that reads it, but writes a sum that several loops read to memory (benchmarks/NOTES.md).
+    return a if a.p is None else a._replace(g=-(-a.g - n["weight_decay"] * a.p))
 
 
 def decay_weights_decoupled(a: OneArray, n: Numbers) -> OneArray:
@@ -85,10 +87,13 @@ def centered_average(a: OneArray, n: Numbers) -> OneArray:
     # Equals torch's "average of g² minus grad_avg²" in real arithmetic, but is a sum of squares: it cannot
     # cancel, so it cannot turn negative.
     deviation = a.g - a.grad_avg
-    return a._replace(
-        square_avg=n["alpha"] * (a.square_avg + n["gain"] * deviation * deviation),
-        grad_avg=a.grad_avg + n["gain"] * deviation,
-    )
+    square_avg = n["alpha"] * a.square_avg + n["alpha"] * n["gain"] * deviation * deviation
+    # A sum of squares is never negative, but XLA's CPU compiler does not know that. So it writes grad_avg after
+    # square_avg, which still reads the old one, and the parameter, which weight decay still reads, after both; where
+    # the order is open it copies what is about to be overwritten (benchmarks/NOTES.md).
+    grad_avg = jnp.where(square_avg < 0, square_avg, a.grad_avg + n["gain"] * deviation)
+    g = a.g if a.p is None else jnp.where(square_avg < 0, grad_avg, a.g)
+    return a._replace(g=g, square_avg=square_avg, grad_avg=grad_avg)
 
 
 def divide_eps_outside(a: OneArray, n: Numbers) -> OneArray:
