@@ -112,7 +112,7 @@ def tensorflow(
         "momentum": _in_float32("momentum", momentum),
         "eps": _in_float32("epsilon", epsilon),
     }
-    equations = (
+    equations: tuple[Equation, ...] = (
         _average(centered),
         divide_eps_inside,
         scale_by_lr,
@@ -181,7 +181,7 @@ def keras(
         "eps": check_number("epsilon", epsilon),
         "weight_decay": check_number("weight_decay", 0.0 if weight_decay is None else weight_decay),
     }
-    equations = (
+    equations: tuple[Equation, ...] = (
         _average(centered),
         divide_eps_inside,
         scale_by_lr,
@@ -255,7 +255,7 @@ def timm(
     }
     decoupled = check_flag("decoupled_decay", decoupled_decay)
     buffer = unless_zero(numbers["momentum"], add_momentum)
-    equations = (
+    equations: tuple[Equation, ...] = (
         *(() if decoupled else unless_zero(numbers["weight_decay"], decay_weights)),
         _average(centered),
         divide_eps_inside,
@@ -329,7 +329,7 @@ def stable_baselines3(
         "weight_decay": check_number("weight_decay", weight_decay),
         "momentum": check_number("momentum", momentum),
     }
-    equations = (
+    equations: tuple[Equation, ...] = (
         *unless_zero(numbers["weight_decay"], decay_weights),
         _average(centered),
         divide_eps_inside,
@@ -394,7 +394,7 @@ def dqn(
         **_alpha("squared_gradient_momentum", squared_gradient_momentum),
         "eps": check_number("min_squared_gradient", min_squared_gradient),
     }
-    equations = (centered_average, divide_eps_inside, scale_by_lr, negate)
+    equations: tuple[Equation, ...] = (centered_average, divide_eps_inside, scale_by_lr, negate)
     return transformation(equations, numbers, accumulator_dtype=accumulator_dtype)
 
 
@@ -449,7 +449,7 @@ def dreamer(
         "eps": check_number("eps", eps),
         **_average_of_steps("beta1", beta1),
     }
-    equations = (average, divide_eps_outside, average_steps, scale_by_lr, negate)
+    equations: tuple[Equation, ...] = (average, divide_eps_outside, average_steps, scale_by_lr, negate)
     return transformation(equations, numbers, bias_correction=True, accumulator_dtype=accumulator_dtype)
 
 
@@ -513,7 +513,7 @@ def optax(
         "eps": check_number("eps", eps),
         "momentum": check_number("momentum", 0.0 if momentum is None else momentum),
     }
-    equations = (
+    equations: tuple[Equation, ...] = (
         _average(centered),
         divide_eps_inside if check_flag("eps_in_sqrt", eps_in_sqrt) else divide_eps_outside,
         scale_by_lr,

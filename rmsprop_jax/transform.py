@@ -10,6 +10,7 @@ With Recurrent Neural Networks" (arXiv:1308.0850, eq. 38-45).
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from numbers import Number, Real
@@ -56,83 +57,90 @@ class OneArray(NamedTuple):
 
 
 Numbers = Mapping[str, Any]  # the hyperparameters by name, and "gain", which is 1 − alpha
-Equation = Callable[[OneArray, Numbers], OneArray]
+Equation = Callable[..., OneArray]  # of an array, and of the numbers that its arguments name
 
 
-def negate(a: OneArray, n: Numbers) -> OneArray:
+def negate(a: OneArray) -> OneArray:
     """``g ← −g``: to climb instead of descending, or from a step to an update."""
     return a._replace(g=-a.g)
 
 
-def decay_weights(a: OneArray, n: Numbers) -> OneArray:
+def decay_weights(a: OneArray, weight_decay: jax.Array) -> OneArray:
     """``g ← g + weight_decay · p``: an L2 penalty."""
     # Written −(−g − weight_decay · p), which has the same bits: XLA's CPU compiler repeats a negation in every loop
     # that reads it, but writes a sum that several loops read to memory (benchmarks/NOTES.md).
-    return a if a.p is None else a._replace(g=-(-a.g - n["weight_decay"] * a.p))
+    return a if a.p is None else a._replace(g=-(-a.g - weight_decay * a.p))
 
 
-def decay_weights_decoupled(a: OneArray, n: Numbers) -> OneArray:
+def decay_weights_decoupled(a: OneArray, lr: jax.Array, weight_decay: jax.Array) -> OneArray:
     """``g ← g − lr · weight_decay · p``, once ``g`` is the update: decay that stays out of the averages."""
-    return a if a.p is None else a._replace(g=a.g - n["lr"] * n["weight_decay"] * a.p)
+    return a if a.p is None else a._replace(g=a.g - lr * weight_decay * a.p)
 
 
-def average(a: OneArray, n: Numbers) -> OneArray:
+def average(a: OneArray, alpha: jax.Array, gain: jax.Array) -> OneArray:
     """``square_avg ← alpha · square_avg + (1 − alpha) · g²``."""
     # (gain · g) · g and not gain · (g · g): torch's order, in which g = 1e19 does not overflow float32.
-    return a._replace(square_avg=n["alpha"] * a.square_avg + n["gain"] * a.g * a.g)
+    return a._replace(square_avg=alpha * a.square_avg + gain * a.g * a.g)
 
 
-def centered_average(a: OneArray, n: Numbers) -> OneArray:
+def centered_average(a: OneArray, alpha: jax.Array, gain: jax.Array) -> OneArray:
     """``square_avg ← alpha · (square_avg + (1 − alpha) · (g − grad_avg)²)``, then ``grad_avg`` towards ``g``."""
     # Equals torch's "average of g² minus grad_avg²" in real arithmetic, but is a sum of squares: it cannot
     # cancel, so it cannot turn negative.
     deviation = a.g - a.grad_avg
-    square_avg = n["alpha"] * a.square_avg + n["alpha"] * n["gain"] * deviation * deviation
-    # A sum of squares is never negative, but XLA's CPU compiler does not know that. So it writes grad_avg after
-    # square_avg, which still reads the old one, and the parameter, which weight decay still reads, after both; where
-    # the order is open it copies what is about to be overwritten (benchmarks/NOTES.md).
-    grad_avg = jnp.where(square_avg < 0, square_avg, a.grad_avg + n["gain"] * deviation)
+    square_avg = alpha * a.square_avg + alpha * gain * deviation * deviation
+    grad_avg = a.grad_avg + gain * deviation
+    # XLA's CPU compiler does not know that it cannot be negative. So these two, which change nothing, make it write
+    # grad_avg after square_avg, which still reads the old one, and the parameter, which weight decay still reads,
+    # after both; where the order is open, it copies what is about to be overwritten (benchmarks/NOTES.md).
+    grad_avg = jnp.where(square_avg < 0, square_avg, grad_avg)
     g = a.g if a.p is None else jnp.where(square_avg < 0, grad_avg, a.g)
     return a._replace(g=g, square_avg=square_avg, grad_avg=grad_avg)
 
 
-def divide_eps_outside(a: OneArray, n: Numbers) -> OneArray:
+def divide_eps_outside(a: OneArray, eps: jax.Array) -> OneArray:
     """``g ← g / (√square_avg + eps)``."""
-    return a._replace(g=_divide(a.g, _sqrt(a.square_avg) + n["eps"]))
+    return a._replace(g=_divide(a.g, _sqrt(a.square_avg) + eps))
 
 
-def divide_eps_inside(a: OneArray, n: Numbers) -> OneArray:
+def divide_eps_inside(a: OneArray, eps: jax.Array) -> OneArray:
     """``g ← g / √(square_avg + eps)``."""
-    return a._replace(g=_divide(a.g, _sqrt(a.square_avg + n["eps"])))
+    return a._replace(g=_divide(a.g, _sqrt(a.square_avg + eps)))
 
 
-def add_momentum(a: OneArray, n: Numbers) -> OneArray:
+def add_momentum(a: OneArray, momentum: jax.Array) -> OneArray:
     """``momentum_buffer ← momentum · momentum_buffer + g``, which becomes ``g``."""
-    buffer = n["momentum"] * a.momentum_buffer + a.g
+    buffer = momentum * a.momentum_buffer + a.g
     return a._replace(g=buffer, momentum_buffer=buffer)
 
 
-def add_nesterov_momentum(a: OneArray, n: Numbers) -> OneArray:
+def add_nesterov_momentum(a: OneArray, momentum: jax.Array) -> OneArray:
     """The same, with ``g ← momentum · momentum_buffer + g``: one step ahead."""
-    buffer = n["momentum"] * a.momentum_buffer + a.g
-    return a._replace(g=n["momentum"] * buffer + a.g, momentum_buffer=buffer)
+    buffer = momentum * a.momentum_buffer + a.g
+    return a._replace(g=momentum * buffer + a.g, momentum_buffer=buffer)
 
 
-def average_steps(a: OneArray, n: Numbers) -> OneArray:
+def average_steps(a: OneArray, momentum: jax.Array, momentum_gain: jax.Array) -> OneArray:
     """``momentum_buffer ← momentum · momentum_buffer + (1 − momentum) · g``, which becomes ``g``."""
-    buffer = n["momentum"] * a.momentum_buffer + n["momentum_gain"] * a.g
+    buffer = momentum * a.momentum_buffer + momentum_gain * a.g
     return a._replace(g=buffer, momentum_buffer=buffer)
 
 
-def scale_by_lr(a: OneArray, n: Numbers) -> OneArray:
+def scale_by_lr(a: OneArray, lr: jax.Array) -> OneArray:
     """``g ← lr · g``."""
-    return a._replace(g=n["lr"] * a.g)
+    return a._replace(g=lr * a.g)
 
 
 # Which equations need the parameter, the average of the gradient, the momentum buffer.
 _DECAYING = {decay_weights, decay_weights_decoupled}
 _CENTERED = {centered_average}
 _BUFFERED = {add_momentum, add_nesterov_momentum, average_steps}
+
+
+@functools.cache
+def _numbers_of(equation: Equation) -> tuple[str, ...]:
+    """The names of the numbers that an equation takes."""
+    return tuple(inspect.signature(equation).parameters)[1:]
 
 
 @jax.custom_jvp
@@ -175,7 +183,7 @@ def _update_array(equations: tuple[Equation, ...], numbers: Numbers, array: OneA
     def apply(part: Callable[[jax.Array], jax.Array]) -> OneArray:
         a: OneArray = jax.tree.map(lambda x: jnp.asarray(part(x), dtype), array)
         for equation in equations:
-            a = equation(a, numbers)
+            a = equation(a, **{name: numbers[name] for name in _numbers_of(equation)})
         return a._replace(p=None)
 
     if _kind(array.g.dtype) is complex:  # two real arrays, as torch's view_as_real
@@ -184,6 +192,30 @@ def _update_array(equations: tuple[Equation, ...], numbers: Numbers, array: OneA
         done = apply(lambda x: x)
     rounded: OneArray = jax.tree.map(lambda new, old: new.astype(old.dtype), done, array._replace(p=None))
     return rounded
+
+
+def _update_arrays(equations: tuple[Equation, ...], numbers: Numbers, arrays: list[OneArray]) -> list[OneArray]:
+    """Each array by itself."""
+    return [_update_array(equations, numbers, array) for array in arrays]
+
+
+_BATCH = 8
+_update_batch = jax.jit(_update_arrays, static_argnames="equations")
+
+
+def _update_in_batches(equations: tuple[Equation, ...], numbers: Numbers, arrays: list[OneArray]) -> list[OneArray]:
+    """Each array by itself, but those of one shape eight by eight: one call to trace and to lower in place of eight."""
+    alike: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        alike.setdefault((array.g.shape, array.g.dtype), []).append(i)
+    done = list(arrays)
+    for positions in alike.values():
+        for start in range(0, len(positions), _BATCH):
+            batch = positions[start : start + _BATCH]
+            update = _update_batch if len(batch) == _BATCH else _update_arrays
+            for i, array in zip(batch, update(equations, numbers, [arrays[i] for i in batch]), strict=True):
+                done[i] = array
+    return done
 
 
 # --- The same over a parameter tree, as one program -------------------------------------------------------
@@ -205,6 +237,7 @@ def transformation(
     slot_dtype = _check_accumulator_dtype(accumulator_dtype)
     if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
         raise ValueError(f"initial_scale must be 0 with bias_correction, which forgets the start, got {initial_scale}")
+    used = {name: numbers[name] for name in numbers if any(name in _numbers_of(equation) for equation in equations)}
 
     def init(params: optax.Params) -> RMSPropState:
         _check_params(params)
@@ -224,7 +257,7 @@ def transformation(
     ) -> tuple[optax.Updates, RMSPropState]:
         del extra_args
         _check_state(state, equations)
-        now = {name: _at_step(name, number, state.step) for name, number in numbers.items()}
+        now = {name: _at_step(name, number, state.step) for name, number in used.items()}
         params = _arrays_of(params)
         decayed = _decayed(params, weight_decay_mask) if _DECAYING & set(equations) else None
         done: tuple[optax.Updates, RMSPropState]
@@ -271,8 +304,9 @@ def _update_tree(
         likes = column("params", params)
         _check_gradients("params", likes, updates)
     arrays = [OneArray(*row) for row in zip(gradients, column("params", decayed), *slots, strict=True)]
+    updated = iter(_update_in_batches(equations, numbers, [array for array in arrays if array.g is not None]))
     done = [
-        _leave_alone(array, like) if array.g is None else _update_array(equations, numbers, array)
+        _leave_alone(array, like) if array.g is None else next(updated)
         for array, like in zip(arrays, likes, strict=True)
     ]
 

@@ -1,5 +1,6 @@
 """JAX citizenship: one table of transformations, one list of promises that each of them keeps."""
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -143,9 +144,10 @@ def test_update_outside_jit_is_one_program(make: Callable[[], Any]) -> None:
 def count_traces(equation: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
     traces = [0]
 
-    def counted(a: Any, n: Any) -> Any:
+    @functools.wraps(equation)
+    def counted(*args: Any, **numbers: Any) -> Any:
         traces[0] += 1
-        return equation(a, n)
+        return equation(*args, **numbers)
 
     return counted, traces
 

@@ -1,0 +1,78 @@
+"""How long does an update take outside ``jit``, as in a cell of a notebook?
+
+``update`` alone; ``update`` and ``apply_updates``; and the transformation rebuilt for every call, as
+``optax.inject_hyperparams`` rebuilds it when a number changes. Arrays have 256 elements.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from benchmarks import peers
+from benchmarks.measure import Step, compared, in_turns
+
+COUNTS = (1, 10, 100, 300)
+VARIANTS = ("plain", "centered + momentum")
+
+
+def measure(full: bool) -> list[dict[str, Any]]:
+    """A row for every way to call it, variant and number of arrays."""
+    rows = []
+    for way, run in WAYS.items():
+        for variant in VARIANTS:
+            for count in COUNTS:
+                params = peers.arrays([(256,)] * count, "float32", seed=0)
+                steps = {
+                    name: run(make, peers.VARIANTS[variant], params) for name, make in peers.TRANSFORMATIONS.items()
+                }
+                times = in_turns(steps, rounds=15 if full else 7)
+                rows.append({"way": way, "variant": variant, "arrays": count, **compared(times)})
+    return rows
+
+
+Make = Callable[..., optax.GradientTransformation]
+
+
+def update(make: Make, arguments: dict[str, Any], params: Any) -> Step:
+    transformation = make(**arguments)
+    state = transformation.init(params)
+    return lambda: jax.block_until_ready(transformation.update(params, state, params))
+
+
+def update_and_apply(make: Make, arguments: dict[str, Any], params: Any) -> Step:
+    step = peers.whole_step(make(**arguments))
+    state = make(**arguments).init(params)
+    return lambda: jax.block_until_ready(step(params, state, params))
+
+
+def rebuild_and_update(make: Make, arguments: dict[str, Any], params: Any) -> Step:
+    state = make(**arguments).init(params)
+    return lambda: jax.block_until_ready(make(**arguments).update(params, state, params))
+
+
+def inject_hyperparams(make: Make, arguments: dict[str, Any], params: Any) -> Step:
+    """A new learning rate at every call."""
+    factory = {peers.ours: peers.rmsprop, peers.optax_rmsprop: optax.rmsprop}[make]
+    names = {peers.ours: ("lr", "alpha"), peers.optax_rmsprop: ("learning_rate", "decay")}[make]
+    static = {"centered", "weight_decay_mask", "accumulator_dtype"} & set(inspect.signature(factory).parameters)
+    wrapped = optax.inject_hyperparams(factory, static_args=static)
+    transformation = wrapped(**dict(zip(names, (peers.LR, peers.ALPHA), strict=True)), **arguments)
+    state = transformation.init(params)
+    rates = iter(range(1, 10**9))
+
+    def step() -> None:
+        state.hyperparams[names[0]] = jax.numpy.float32(0.01 / next(rates))
+        jax.block_until_ready(transformation.update(params, state, params))
+
+    return step
+
+
+WAYS: dict[str, Callable[[Make, dict[str, Any], Any], Step]] = {
+    "update": update,
+    "update and apply_updates": update_and_apply,
+    "rebuilt for every call": rebuild_and_update,
+    "inject_hyperparams": inject_hyperparams,
+}

@@ -1,0 +1,129 @@
+"""One optimizer step of ours and of everybody we are measured against, each as a call without arguments."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # before keras is imported
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from benchmarks.measure import Step
+from benchmarks.trees import Shape
+from rmsprop_jax import rmsprop
+
+try:
+    import keras
+except ImportError:
+    keras = None
+
+LR, ALPHA = 0.01, 0.99
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "centered + momentum": {"momentum": 0.9, "centered": True},
+    "weight decay": {"weight_decay": 1e-4},
+}
+
+
+def ours(**arguments: Any) -> optax.GradientTransformation:
+    return rmsprop(LR, ALPHA, **arguments)
+
+
+def optax_rmsprop(weight_decay: float = 0.0, **arguments: Any) -> optax.GradientTransformation:
+    """What a user of Optax writes for the same setting."""
+    scaling = optax.rmsprop(LR, decay=ALPHA, **arguments)
+    return optax.chain(optax.add_decayed_weights(weight_decay), scaling) if weight_decay else scaling
+
+
+TRANSFORMATIONS: dict[str, Callable[..., optax.GradientTransformation]] = {"ours": ours, "optax": optax_rmsprop}
+
+
+def arrays(shapes: list[Shape], dtype: str, seed: int) -> list[jax.Array]:
+    """New arrays of small normal numbers (a few thousand different ones: what they are does not matter)."""
+    numbers = 0.01 * np.random.default_rng(seed).standard_normal(4096, np.float32)
+    return [jnp.array(np.resize(numbers, shape), dtype) for shape in shapes]
+
+
+def whole_step(transformation: optax.GradientTransformation) -> Callable[..., Any]:
+    """``update`` and ``apply_updates``."""
+
+    def step(params: optax.Params, state: optax.OptState, grads: optax.Updates) -> tuple[optax.Params, optax.OptState]:
+        updates, state = transformation.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def compiled_step(transformation: optax.GradientTransformation, params: optax.Params) -> jax.stages.Compiled:
+    """The whole step as one program that overwrites parameters and state."""
+    state = transformation.init(params)
+    return jax.jit(whole_step(transformation), donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], shapes: list[Shape], dtype: str) -> Step:
+    """Runs ``compiled`` on its own parameters and state."""
+    params, grads = arrays(shapes, dtype, seed=0), arrays(shapes, dtype, seed=1)
+    carry = [params, init(params)]
+
+    def step() -> None:
+        carry[:] = compiled(*carry, grads)
+        jax.block_until_ready(carry)
+
+    return step
+
+
+def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
+    """``torch.optim.RMSprop.step``, on the same kind of device as JAX uses."""
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    params = [
+        torch.nn.Parameter(torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)) for shape in shapes
+    ]
+    for param in params:
+        param.grad = torch.full_like(param, 0.01).normal_()
+    optimizer = torch.optim.RMSprop(params, LR, ALPHA, foreach=foreach, **arguments)
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    if device == "cpu":
+        return step
+
+    def synchronized() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return synchronized
+
+
+def keras_step(shapes: list[Shape], dtype: str, **arguments: Any) -> Step:
+    """``keras.optimizers.RMSprop`` on the JAX backend, jitted as ``Model.fit`` does it."""
+    optimizer = keras.optimizers.RMSprop(LR, ALPHA, **arguments)
+    variables = [keras.Variable(array) for array in arrays(shapes, dtype, seed=0)]
+    optimizer.build(variables)
+    grads = arrays(shapes, dtype, seed=1)
+    carry = [[v.value for v in optimizer.variables], [v.value for v in variables]]
+    jitted = jax.jit(
+        lambda slots, grads, values: optimizer.stateless_apply(slots, grads, values), donate_argnums=(0, 2)
+    )
+
+    def step() -> None:
+        values, slots = jitted(carry[0], grads, carry[1])
+        carry[:] = slots, values
+        jax.block_until_ready(carry)
+
+    return step
+
+
+def copy_step(shapes: list[Shape], dtype: str, slots: int) -> Step:
+    """The yardstick: as many arrays as there are parameters and slots, each read and overwritten once."""
+    negate = jax.jit(functools.partial(jax.tree.map, jnp.negative), donate_argnums=0)
+    carry = [[arrays(shapes, dtype, seed) for seed in range(slots)]]
+
+    def step() -> None:
+        carry[0] = jax.block_until_ready(negate(carry[0]))
+
+    return step

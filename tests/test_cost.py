@@ -1,0 +1,104 @@
+"""The cost contract, counted and not timed: loops, bytes and copies of the compiled step, calls in what is lowered.
+
+How long it takes is measured by ``benchmarks``; traces and programs are counted in ``test_promises``. The bytes are
+those that XLA counts as read and written by its CPU compiler, which writes every output in a loop of its own.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from rmsprop_jax import rmsprop
+
+SIZE = 1 << 20
+
+
+def compiled_step(arguments: dict[str, Any], dtype: Any) -> jax.stages.Compiled:
+    """``update`` and ``apply_updates`` on one array, which overwrite parameter and state."""
+    tx = rmsprop(**arguments)
+    params = jnp.zeros(SIZE, dtype)
+    state = tx.init(params)
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def cost(compiled: jax.stages.Compiled) -> tuple[int, int]:
+    """Loops over arrays, and bytes read and written per parameter."""
+    analysis = compiled.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis  # JAX before 0.7
+    loops = re.findall(rf"= \w+\[{SIZE}\]\S* (?:fusion|copy)\(", compiled.as_text())
+    return len(loops), round(analysis["bytes accessed"] / SIZE)
+
+
+# Four bytes for each array that a loop reads or writes: see benchmarks/NOTES.md for what the loops are.
+COSTS: dict[str, tuple[dict[str, Any], Any, int, int]] = {
+    "plain": ({}, jnp.float32, 2, 28),
+    "momentum": (dict(momentum=0.9), jnp.float32, 3, 40),
+    "centered": (dict(centered=True), jnp.float32, 3, 48),
+    "centered, momentum": (dict(centered=True, momentum=0.9), jnp.float32, 4, 60),
+    "decay": (dict(weight_decay=0.1), jnp.float32, 2, 32),
+    "decay, momentum": (dict(weight_decay=0.1, momentum=0.9), jnp.float32, 3, 48),
+    "decay, centered": (dict(weight_decay=0.1, centered=True), jnp.float32, 3, 60),
+    "decay, centered, momentum": (dict(weight_decay=0.1, centered=True, momentum=0.9), jnp.float32, 4, 76),
+    "maximize, decay": (dict(weight_decay=0.1, maximize=True), jnp.float32, 2, 32),
+    "plain, bfloat16": ({}, jnp.bfloat16, 2, 20),
+    "centered, momentum, bfloat16": (dict(centered=True, momentum=0.9), jnp.bfloat16, 4, 50),
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="loops and bytes of the CPU compiler")
+@pytest.mark.parametrize("name", COSTS)
+def test_step_reads_and_writes_no_more_than(name: str) -> None:
+    arguments, dtype, loops, size = COSTS[name]
+    counted = cost(compiled_step(arguments, dtype))
+    assert counted[0] <= loops
+    assert counted[1] <= size
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_step_allocates_nothing(name: str) -> None:
+    arguments, dtype, *_ = COSTS[name]
+    assert compiled_step(arguments, dtype).memory_analysis().temp_size_in_bytes < 1024
+
+
+def lowered_update(count: int) -> str:
+    """StableHLO of the update of ``count`` arrays of one shape."""
+    tx = rmsprop(momentum=0.9, centered=True, weight_decay=0.1)
+    params = [jnp.zeros((2, 3))] * count
+    lowered: str = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    return lowered
+
+
+def test_mathematics_of_one_shape_is_lowered_once() -> None:
+    assert lowered_update(20).count("stablehlo.sqrt") == 1
+
+
+def test_eight_more_arrays_of_one_shape_are_one_more_call() -> None:
+    assert lowered_update(32).count(" call @") == lowered_update(24).count(" call @") + 1
+
+
+def test_numbers_that_no_equation_names_stay_out_of_the_program() -> None:
+    tx = rmsprop(lr=jnp.float32(0.1), alpha=jnp.float32(0.9), eps=jnp.float32(1e-8))  # momentum and decay are 0
+    state = tx.init(jnp.zeros(3))
+    (call,) = jax.make_jaxpr(lambda grads, state: tx.update(grads, state))(jnp.zeros(3), state).eqns
+    scalars = [variable for variable in call.invars if variable.aval.shape == ()]
+    assert len(scalars) == 4  # lr, alpha, eps, and the step
+
+
+def test_rebuilt_transformation_compiles_nothing_outside_jit(caplog: pytest.LogCaptureFixture) -> None:
+    params = jnp.ones(1013)  # a shape of its own, so that no other test has compiled the program
+    state = rmsprop(momentum=0.9).init(params)
+    with jax.log_compiles():
+        rmsprop(lr=0.1, momentum=0.9).update(params, state, params)
+        assert caplog.records
+        caplog.clear()
+        rmsprop(lr=0.2, momentum=0.9).update(params, state, params)
+        assert not caplog.records
