@@ -1,0 +1,874 @@
+"""What is the optimizer doing, leaf by leaf? Pure functions of its state, at home inside ``jit``.
+
+Read from the top down: the denominator and the learning rate that each element really gets; the statistics, for a
+logger; the same as a table that says in words when something looks wrong; a transformation that records the
+statistics while it trains; at the end how a state is found, and its leaves named.
+
+``opt_state`` is any optimizer state with an :class:`RMSPropState` in it, however deep: of ``optax.chain``,
+``optax.masked``, ``optax.MultiSteps``, ``flax.nnx.Optimizer`` and so on. The several states of ``optax.partition``
+are laid over each other. ``lr`` and ``eps`` have the defaults of ``rmsprop``: give here what was given there. Each is
+a number, a scalar array, for ``lr`` a schedule too, or a tree of those that is a prefix of the parameters, for
+groups of parameters with different ones.
+"""
+
+import dataclasses
+import functools
+import html
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax.transform import RMSPropState, check_flag, check_learning_rate, check_number
+
+_PERCENTILES = (5, 50, 95)  # of the effective learning rate
+_TOTAL = "total"
+
+# The names on the way from the root of a tree to a leaf. Leaves are matched by these, so that a state may be in other
+# containers than the parameters: Flax wraps the leaves of both, each in its own class.
+_Name = tuple[str, ...]
+
+
+# --- The denominator -------------------------------------------------------------------------------------
+
+
+def denominator(opt_state: optax.OptState, eps: Any = 1e-8, *, eps_in_sqrt: bool = False) -> optax.Params:
+    """What each gradient was divided by.
+
+    ::
+
+        denominator = √square_avg + eps        √(square_avg + eps) if eps_in_sqrt
+
+    in float32 at least. Of a complex parameter it is complex, and its real part belongs to the real part of the
+    gradient, its imaginary part to the imaginary one, as in ``square_avg``.
+
+    Args:
+      opt_state: the state after the update in question; see above.
+      eps: as in ``rmsprop``, or a prefix of the parameters.
+      eps_in_sqrt: add ``eps`` under the root, as the dialects of TensorFlow and Keras do.
+
+    Returns:
+      A tree like the parameters, with ``optax.MaskedNode`` for those that no RMSProp updates.
+
+    Raises:
+      ValueError: if there is no :class:`RMSPropState` in ``opt_state``, if two hold the same parameter, or if
+        ``eps`` is out of range or missing for a parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> optimizer = optax.chain(optax.clip(100.0), rmsprop(alpha=0.75))
+      >>> params = {"w": jnp.ones(3)}
+      >>> _, state = optimizer.update({"w": jnp.array([6.0, 0.2, 0.0])}, optimizer.init(params))
+      >>> print(*(f"{x:.3g}" for x in diagnostics.denominator(state)["w"]))
+      3 0.1 1e-08
+    """
+    check_flag("eps_in_sqrt", eps_in_sqrt)
+    epsilons = _numbers("eps", eps, check_number)
+
+    def leaf(path: Any, square_avg: jax.Array) -> jax.Array:
+        return _denominator(square_avg, _at("eps", epsilons, _name(path)), eps_in_sqrt)
+
+    trees = [jax.tree_util.tree_map_with_path(leaf, state.square_avg) for state in _states(opt_state)]
+    return _overlay(trees)
+
+
+def effective_learning_rate(
+    opt_state: optax.OptState, lr: Any = 1e-2, eps: Any = 1e-8, *, eps_in_sqrt: bool = False
+) -> optax.Params:
+    """How far each element moves per unit of its gradient, momentum aside.
+
+    ::
+
+        effective_learning_rate = lr / denominator
+
+    Args:
+      opt_state: the state after the update in question; see above.
+      lr: as in ``rmsprop``, or a prefix of the parameters. A schedule is read at ``step − 1``, as in the update that
+        gave this state (at 0 before the first).
+      eps: as in :func:`denominator`.
+      eps_in_sqrt: as in :func:`denominator`.
+
+    Returns:
+      A tree like that of :func:`denominator`, complex for complex parameters in the same way.
+
+    Raises:
+      ValueError: as :func:`denominator`, also for ``lr``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> optimizer = rmsprop(lr=0.01, alpha=0.75)
+      >>> _, state = optimizer.update(jnp.array([6.0, 0.2, 0.0]), optimizer.init(jnp.ones(3)))
+      >>> rates = diagnostics.effective_learning_rate(state, lr=0.01)
+      >>> print(*(f"{rate:.3g}" for rate in rates))  # where the gradient was 0, eps is all that is left
+      0.00333 0.1 1e+06
+    """
+    check_flag("eps_in_sqrt", eps_in_sqrt)
+    rates, epsilons = _numbers("lr", lr, check_learning_rate), _numbers("eps", eps, check_number)
+
+    def of(state: RMSPropState) -> optax.Params:
+        def leaf(path: Any, square_avg: jax.Array) -> jax.Array:
+            rate = _at_step(_at("lr", rates, _name(path)), state.step)
+            denom = _denominator(square_avg, _at("eps", epsilons, _name(path)), eps_in_sqrt)
+            return _per_component(lambda d: jnp.asarray(rate, d.dtype) / d, denom)
+
+        return jax.tree_util.tree_map_with_path(leaf, state.square_avg)
+
+    return _overlay([of(state) for state in _states(opt_state)])
+
+
+def _denominator(square_avg: jax.Array, eps: Any, eps_in_sqrt: bool) -> jax.Array:
+    def component(v: jax.Array) -> jax.Array:
+        e = jnp.asarray(eps, v.dtype)
+        return jnp.sqrt(v + e) if eps_in_sqrt else jnp.sqrt(v) + e
+
+    return _per_component(component, _widened(square_avg))
+
+
+def _per_component(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return jax.lax.complex(function(x.real), function(x.imag)) if jnp.iscomplexobj(x) else function(x)
+
+
+def _widened(x: Any) -> jax.Array:
+    """``x`` in its own dtype, but float32 at least."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def _at_step(rate: Any, step: jax.Array) -> Any:
+    """``rate``, or what a schedule gave for the update that led to ``step``."""
+    return check_number("the schedule of lr", rate(jnp.maximum(step - 1, 0))) if callable(rate) else rate
+
+
+# --- The statistics --------------------------------------------------------------------------------------
+
+
+class _Leaf(NamedTuple):
+    """One parameter in an update, its arrays as they come."""
+
+    g: Any
+    u: Any
+    p: Any
+    state: RMSPropState | None  # of this parameter alone; None if no RMSProp updates it
+    lr: Any
+    eps: Any
+
+
+def statistics(
+    grads: optax.Updates,
+    updates: optax.Updates,
+    opt_state: optax.OptState,
+    params: optax.Params,
+    *,
+    lr: Any = 1e-2,
+    eps: Any = 1e-8,
+    eps_in_sqrt: bool = False,
+) -> dict[str, jax.Array]:
+    """Eight figures and three quantiles about an update, for every leaf and in total, ready for any logger.
+
+    With g, u and p the elements of the gradient, the update and the parameter, v those of ``square_avg`` and
+    ``rms(x) = √mean(x²)``, the statistics of a leaf and of all leaves together are::
+
+        grad_rms       rms(g)
+        param_rms      rms(p)
+        update_rms     rms(u)
+        update_ratio   rms(u) / rms(p)               around 1e-3 is usual; 0 if there is no update
+        lr_5, _50, _95 quantiles of the effective learning rate
+        eps_share      share where √v < eps          v < eps if eps_in_sqrt
+        surprise       rms(g/√v)                     around 1 once the average has warmed up
+        nonfinite      share where g, u or p is not finite
+        never_updated  share that never had a gradient other than 0
+
+    A quantile is an element of the leaf: the smallest one that at least 5, 50 or 95 % do not exceed (NumPy's
+    ``method="inverted_cdf"``), with NaN above all numbers. It is found by bisection of the bit pattern, exactly,
+    with neither a sort nor a copy of all leaves in one array.
+
+    Where v is 0 (or rounded to it), the surprise has the smallest positive number of the state's dtype in its
+    place; elements that were never updated do not count for it. Centered, v is the variance, and the surprise
+    of a steady gradient is large. What was never updated is told by ``grad_avg`` if centered and else
+    by ``square_avg`` being exactly 0; an average that starts from another value (TensorFlow's) hides it.
+
+    Half precision is computed in float32. A complex leaf counts as two real ones of its shape. The statistics have no
+    derivatives.
+
+    Args:
+      grads: the gradients that RMSProp was given, after clipping if there is any. ``None`` counts as zero.
+      updates: the updates that came out, like ``params``. ``None`` counts as zero.
+      opt_state: the state *after* the update; see above.
+      params: the parameters *before* the update. ``None`` and leaves that are no floating array are left out.
+      lr: as in :func:`effective_learning_rate`.
+      eps: as in :func:`denominator`.
+      eps_in_sqrt: as in :func:`denominator`.
+
+    Returns:
+      float32 scalars by ``"<path of the leaf>/<statistic>"``, ``conv1/kernel/update_ratio`` for one, and by
+      ``"total/<statistic>"``. Parameters that are one bare array are named ``params``. A leaf that no RMSProp
+      updates, frozen in ``optax.partition`` for one, has only those figures that need no state, and no part in the
+      total.
+
+    Raises:
+      ValueError: as :func:`effective_learning_rate`; also if a gradient, an update or a slot of the state has no
+        counterpart in ``params`` or not its shape, or two leaves would have the same name.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> optimizer = rmsprop(lr=0.01, alpha=0.75)
+      >>> params = {"dense": {"kernel": jnp.array([[3.0, 4.0]])}}
+      >>> grads = {"dense": {"kernel": jnp.array([[-0.2, 0.0]])}}
+      >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+      >>> found = diagnostics.statistics(grads, updates, state, params, lr=0.01)
+      >>> for name in ("update_ratio", "lr_50", "surprise", "never_updated"):
+      ...     print(f"dense/kernel/{name} = {found[f'dense/kernel/{name}']:.3g}")
+      dense/kernel/update_ratio = 0.004
+      dense/kernel/lr_50 = 0.1
+      dense/kernel/surprise = 2
+      dense/kernel/never_updated = 0.5
+    """
+    leaves = _leaves_of(grads, updates, opt_state, params, lr, eps)
+    found: dict[str, jax.Array] = _statistics(leaves, check_flag("eps_in_sqrt", eps_in_sqrt))
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+def _statistics(leaves: Mapping[str, _Leaf], eps_in_sqrt: bool) -> dict[str, jax.Array]:
+    """One program for a whole tree, with ``lr`` and ``eps`` as data; inside an outer ``jit`` it disappears."""
+    # A loss differentiated through recorded updates has no use for the derivatives here, some of which are infinite.
+    leaves = jax.lax.stop_gradient(leaves)
+    measured = {name: _measured(leaf, eps_in_sqrt) for name, leaf in leaves.items()}
+    groups = {name: [leaf] for name, leaf in measured.items()}
+    groups[_TOTAL] = [leaf for leaf in measured.values() if leaf.rate is not None]
+    return {
+        f"{group}/{statistic}": jnp.asarray(x, jnp.float32)
+        for group, members in groups.items()
+        for statistic, x in _statistics_of(members).items()
+    }
+
+
+class _Measured(NamedTuple):
+    """The elements that the statistics are about, of one leaf; the last four need a state."""
+
+    g: jax.Array
+    u: jax.Array
+    p: jax.Array
+    rate: jax.Array | None = None
+    below_eps: jax.Array | None = None
+    was_updated: jax.Array | None = None
+    surprise: jax.Array | None = None
+
+
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+def _measured(leaf: _Leaf, eps_in_sqrt: bool) -> _Measured:
+    p = _real(leaf.p)
+    g, u = (jnp.zeros_like(p) if x is None else _real(x) for x in (leaf.g, leaf.u))
+    if leaf.state is None:
+        return _Measured(g, u, p)
+    square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
+    v = _real(square_avg)
+    was_updated = (_real(square_avg if grad_avg is None else grad_avg) != 0) | (g != 0)
+    smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
+    return _Measured(
+        g,
+        u,
+        p,
+        rate=jnp.asarray(leaf.lr, v.dtype) / _denominator(v, leaf.eps, eps_in_sqrt),
+        below_eps=(v if eps_in_sqrt else jnp.sqrt(v)) < jnp.asarray(leaf.eps, v.dtype),
+        was_updated=was_updated,
+        surprise=jnp.where(was_updated, g / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
+    )
+
+
+@jax.jit
+def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
+    """The statistics of some leaves as if they were one; those that need a state if all have one.
+
+    Jitted by itself, as is the above, so that leaves of one shape and dtype are traced once and not one by one.
+    """
+    size = max(1, sum(leaf.p.size for leaf in leaves))
+
+    def rms(slot: str, count: Any = size) -> jax.Array:
+        norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
+        return _norm(jnp.stack(norms)) / jnp.sqrt(jnp.maximum(1.0, count)) if norms else jnp.zeros(())
+
+    def share(of: Callable[[Any], jax.Array]) -> jax.Array:
+        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros(()))
+        return jnp.asarray(count / size)
+
+    found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
+    # Biases start at 0, and 0/0 would be NaN as long as one rests there.
+    ratio = found["update_rms"] / found["param_rms"]
+    found["update_ratio"] = jnp.where(found["update_rms"] == 0, 0.0, ratio)
+    found["nonfinite"] = share(lambda leaf: ~(jnp.isfinite(leaf.g) & jnp.isfinite(leaf.u) & jnp.isfinite(leaf.p)))
+    if any(leaf.rate is None for leaf in leaves):
+        return found
+    quantiles = _quantiles([leaf.rate.astype(jnp.float32) for leaf in leaves])
+    found |= {f"lr_{percent}": quantile for percent, quantile in zip(_PERCENTILES, quantiles, strict=True)}
+    found["eps_share"] = share(lambda leaf: leaf.below_eps)
+    found["never_updated"] = share(lambda leaf: ~leaf.was_updated)
+    found["surprise"] = rms("surprise", size * (1 - found["never_updated"]))
+    return found
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """√Σx², where neither x = 1e30 overflows nor x = 1e-30 underflows float32: a diverging run shows how far it is."""
+    largest = jnp.max(jnp.abs(x), initial=0.0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    norm: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2))
+    return norm
+
+
+def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The elements at ``_PERCENTILES`` of non-negative float32 arrays together; NaN if there is no element.
+
+    Bit patterns of non-negative floats are ordered like the floats, with every NaN above. Each of the 32 rounds settles
+    one bit of the answer: it is set if too few elements lie below what it would make. Only counts are added up across
+    the arrays, so that they are neither joined nor sorted. (Together they may have up to 2³² elements.)
+    """
+    size = sum(x.size for x in arrays)
+    ranks = np.array([max(1, -(-size * percent // 100)) for percent in _PERCENTILES], np.uint32)
+    patterns = [jax.lax.bitcast_convert_type(_widen_last_axis(x), jnp.uint32) for x in arrays]
+
+    def settle_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (np.uint32(1 << 31) >> i)
+        below = jnp.zeros(len(ranks), jnp.uint32)
+        for x in patterns:
+            bounds = candidate.reshape(-1, *[1] * x.ndim)
+            below += jnp.sum(x[None] < bounds, axis=tuple(range(1, bounds.ndim)), dtype=jnp.uint32)
+        return jnp.where(below < ranks, candidate, found)
+
+    start = jnp.zeros(len(ranks), jnp.uint32)
+    found = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), settle_bit, start)
+    quantiles: jax.Array = jax.lax.bitcast_convert_type(found, jnp.float32)
+    return quantiles
+
+
+def _widen_last_axis(x: jax.Array) -> jax.Array:
+    """A last axis of a few elements merged with the one before: on a CPU, counting takes half the time then.
+
+    One axis in all would be faster still by a little, but would gather an array that is sharded along its last axis.
+    """
+    return x.reshape(*x.shape[:-2], -1) if x.ndim > 1 and x.shape[-1] < 16 and x.size else x
+
+
+def _real(x: Any) -> jax.Array:
+    """``x`` as a real array, float32 at least: a complex one as its two components."""
+    x = _widened(x)
+    return jnp.stack([x.real, x.imag]) if jnp.iscomplexobj(x) else x
+
+
+# --- The statistics as a table ---------------------------------------------------------------------------
+
+# Beyond these the table says in words what looks wrong. For comparison: over the 15 epochs of the digits example, the
+# recorded update_ratio is 0.022 at most and the surprise 0.37 at least, centered or not.
+_LIMITS = {
+    "update_ratio": 0.1,  # above, parameters are replaced rather than improved
+    "eps_share": 0.5,  # above, of the elements that were ever updated, most steps are lr · g/eps
+    "surprise": 0.3,  # below, the average remembers gradients several times as large as the present ones
+    "centered_step": 100,  # above, in units of lr; in the first update it is 1/√(1 − alpha)
+    "vanished": 0.5,  # above, so many averages are 0 where the gradient is not
+}
+
+_COLUMNS = (
+    "parameter",
+    "shape",
+    "count",
+    "state",
+    "bytes",
+    "grad rms",
+    "update/param",
+    "effective lr [5–95 %]",
+    "√v < eps",
+    "surprise",
+    "non-finite",
+    "never updated",
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Summary:
+    """What :func:`summary` returns: prints as aligned text, shows as a table in Jupyter.
+
+    Attributes:
+      statistics: what :func:`statistics` returns, as Python floats.
+      rows: the cells of the table, a row per leaf and one for the total.
+      remarks: in words, what looks wrong; empty if nothing does.
+    """
+
+    statistics: Mapping[str, float]
+    rows: Sequence[Sequence[str]]
+    remarks: Sequence[str]
+
+    def __repr__(self) -> str:
+        """The table as aligned text, and the remarks below it."""
+        widths = [max(map(len, column)) for column in zip(_COLUMNS, *self.rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            name, *rest = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+            return "  ".join([name.strip().ljust(widths[0]), *rest])
+
+        rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+        *leaves, total = map(line, self.rows)
+        return "\n".join([line(_COLUMNS), rule, *leaves, rule, total, *(f"! {remark}" for remark in self.remarks)])
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, cells: Sequence[str], style: str = "") -> str:
+            first, *rest = (html.escape(cell) for cell in cells)
+            numbers = "".join(f'<{tag} style="text-align: right">{cell}</{tag}>' for cell in rest)
+            return f'<tr{style}><th style="text-align: left">{first}</th>{numbers}</tr>'
+
+        *leaves, total = self.rows
+        bold = ' style="font-weight: bold; border-top: 1px solid"'
+        body = "".join([*(row("td", cells) for cells in leaves), row("td", total, bold)])
+        remarks = "".join(f"<li>{html.escape(remark)}</li>" for remark in self.remarks)
+        table = f"<table><thead>{row('th', _COLUMNS)}</thead><tbody>{body}</tbody></table>"
+        return table + (f"<ul>{remarks}</ul>" if remarks else "")
+
+
+def summary(
+    grads: optax.Updates,
+    updates: optax.Updates,
+    opt_state: optax.OptState,
+    params: optax.Params,
+    *,
+    lr: Any = 1e-2,
+    eps: Any = 1e-8,
+    eps_in_sqrt: bool = False,
+) -> Summary:
+    """The statistics of an update as a table, with a remark in words on everything that looks wrong.
+
+    A row per leaf and one for the total: shape, number of parameters, dtype and bytes of the state, and what
+    :func:`statistics` says; "–" where there is none. The remarks go by the limits that stand above
+    :class:`Summary` in the source:
+
+    - not finite: a gradient, an update or a parameter is infinite or NaN.
+    - learning rate too high: in total an update is more than a tenth of the parameters. (Parameters that all start
+      from 0 are caught in their first updates, too.)
+    - eps too large: of the elements that were ever updated, √v < eps for more than half, so that RMSProp is not
+      much else than gradient descent with a learning rate of lr/eps.
+    - average stalled: the state is narrower than float32, and gradients are far below the average that should
+      have followed them, or the average of gradients that are not 0 is.
+    - centered step exploding: a gradient that hardly varies is divided by its vanishing deviation, or by the eps
+      that is left of it, and steps are over a hundred times lr.
+
+    Args:
+      grads: as in :func:`statistics`, as are all others.
+      updates: the updates that came out.
+      opt_state: the state *after* the update.
+      params: the parameters *before* the update.
+      lr: as in :func:`effective_learning_rate`.
+      eps: as in :func:`denominator`.
+      eps_in_sqrt: as in :func:`denominator`.
+
+    Returns:
+      A :class:`Summary`. It needs values, so it cannot be had inside ``jit``; :func:`statistics` can.
+
+    Raises:
+      ValueError: as :func:`statistics`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> optimizer = rmsprop(lr=3.0, alpha=0.75)
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> grads = {"w": jnp.array([-0.2, 0.0])}
+      >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
+      >>> print(*diagnostics.summary(grads, updates, state, params, lr=3.0).remarks)
+      learning rate too high: one update is 120% of the parameters (0.1% is usual, 10% the limit); lower lr
+    """
+    leaves = _leaves_of(grads, updates, opt_state, params, lr, eps)
+    found = {name: float(x) for name, x in _statistics(leaves, check_flag("eps_in_sqrt", eps_in_sqrt)).items()}
+    rows = [_row(name, [leaf], found) for name, leaf in leaves.items()]
+    rows.append(_row(_TOTAL, [leaf for leaf in leaves.values() if leaf.state is not None], found))
+    return Summary(found, rows, tuple(_remarks(leaves, found, eps_in_sqrt)))
+
+
+def _row(name: str, leaves: Sequence[_Leaf], found: Mapping[str, float]) -> list[str]:
+    slots = [slot for leaf in leaves if leaf.state is not None for slot in jax.tree.leaves(leaf.state[1:])]
+
+    def show(statistic: str, style: str = ".2g") -> str:
+        value = found.get(f"{name}/{statistic}")
+        return "–" if value is None else format(value, style)
+
+    middle = f"{show('lr_50')} [{show('lr_5')}–{show('lr_95')}]" if f"{name}/lr_50" in found else "–"
+    return [
+        name,
+        "×".join(map(str, np.shape(leaves[0].p))) if name != _TOTAL else "",
+        f"{sum(np.size(leaf.p) for leaf in leaves):,}",
+        ", ".join(sorted({slot.dtype.name for slot in slots})) or "–",
+        _bytes(sum(slot.nbytes for slot in slots)) if slots else "–",
+        show("grad_rms"),
+        show("update_ratio"),
+        middle,
+        show("eps_share", ".1%"),
+        show("surprise"),
+        show("nonfinite", ".1%"),
+        show("never_updated", ".1%"),
+    ]
+
+
+def _bytes(number: float) -> str:
+    units = ["B", "KiB", "MiB", "GiB"]
+    while number >= 1024 and len(units) > 1:
+        number /= 1024
+        units.pop(0)
+    return f"{number:.3g} {units[0]}"
+
+
+def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float], eps_in_sqrt: bool) -> Iterator[str]:
+    """What looks wrong. A cause silences its consequences, and a comparison with NaN is false."""
+
+    def eps_rules(name: str) -> bool:
+        below, never = found[f"{name}/eps_share"], found[f"{name}/never_updated"]
+        return below - never > _LIMITS["eps_share"] * (1 - never)  # v = 0 is below eps too, and harms nobody
+
+    def are_replaced(name: str) -> bool:
+        return _LIMITS["update_ratio"] < found[f"{name}/update_ratio"] < math.inf  # infinite: it starts from 0
+
+    broken = [name for name in leaves if found[f"{name}/nonfinite"] > 0]
+    if broken:
+        yield (
+            f"not finite: there is infinity or NaN in {_listed(broken)}; look for the first update with it, or keep "
+            "such gradients out with optax.apply_if_finite"
+        )
+    states = {name: leaf.state for name, leaf in leaves.items() if leaf.state is not None}
+    centered = [name for name, state in states.items() if state.grad_avg is not None]
+    exploding = [name for name in centered if _relative_step(leaves[name], eps_in_sqrt) > _LIMITS["centered_step"]]
+    stalled = [name for name in states if _is_stalled(states[name], leaves[name].g, found[f"{name}/surprise"])]
+    if exploding:
+        yield (
+            f"centered step exploding: in {_listed(exploding)} the gradient hardly varies and is divided by next to "
+            f"nothing, so that steps are over {_LIMITS['centered_step']:g} · lr; set centered=False, or raise eps"
+        )
+    elif stalled:
+        yield (
+            f"average stalled: in {_listed(stalled)} the state rests in {states[stalled[0]].square_avg.dtype}, which "
+            "rounds its changes away, and it does not follow the gradient; leave accumulator_dtype out"
+        )
+    else:
+        if eps_rules(_TOTAL):
+            yield (
+                f"eps too large: √v < eps for {found['total/eps_share']:.0%} of the elements, so RMSProp is not much "
+                "else than gradient descent with a learning rate of lr/eps; lower eps"
+            )
+        if are_replaced(_TOTAL):
+            yield (
+                f"learning rate too high: one update is {found['total/update_ratio']:.0%} of the parameters "
+                f"(0.1% is usual, {_LIMITS['update_ratio']:.0%} the limit); lower lr"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
+
+
+def _relative_step(leaf: _Leaf, eps_in_sqrt: bool) -> jax.Array:
+    """``rms(g / denominator)``: the step without momentum, in units of lr."""
+    if leaf.state is None or leaf.g is None:
+        return jnp.zeros(())
+    denom = _denominator(_real(leaf.state.square_avg), leaf.eps, eps_in_sqrt)
+    return jnp.asarray(_norm(_real(leaf.g) / denom) / np.sqrt(max(1, denom.size)))
+
+
+def _is_stalled(state: RMSPropState, g: Any, surprise: float) -> bool:
+    if g is None or jnp.finfo(state.square_avg.dtype).bits >= 32:
+        return False
+    v, g = _real(state.square_avg), _real(g)
+    return surprise < _LIMITS["surprise"] or bool(jnp.mean((v == 0) & (g != 0)) > _LIMITS["vanished"])
+
+
+# --- The statistics while it trains ----------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedStatistics(Mapping[str, jax.Array]):
+    """What :func:`statistics` returned, kept as one array: a read-only mapping from key to float32 scalar.
+
+    A dict of scalars would be dozens of arrays that every call of a jitted step takes in and hands out, and that costs
+    more than computing them. Stacked by ``jax.lax.scan`` or ``jax.vmap``, it maps a key to an array over the leading
+    axes.
+
+    Attributes:
+      names: the keys.
+      vector: the values in this order along the last axis; NaN as long as nothing is recorded.
+    """
+
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    vector: jax.Array
+
+    def __getitem__(self, name: str) -> jax.Array:
+        """The value, or the values over time, of one statistic."""
+        if name not in self.names:
+            raise KeyError(name)
+        return self.vector[..., self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys."""
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        """The number of statistics."""
+        return len(self.names)
+
+
+class RecordStatisticsState(NamedTuple):
+    """The state of :func:`record_statistics`; in a chain, ``optax.tree.get(state, "statistics")`` finds the statistics.
+
+    Attributes:
+      update_count: number of updates so far, an int32 scalar.
+      statistics: those of the last update that was recorded.
+      inner_state: the state of the transformation inside.
+    """
+
+    update_count: jax.Array
+    statistics: RecordedStatistics
+    inner_state: optax.OptState
+
+
+def record_statistics(
+    inner: optax.GradientTransformation,
+    every: int = 10,
+    *,
+    lr: Any = 1e-2,
+    eps: Any = 1e-8,
+    eps_in_sqrt: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` unchanged, with the :func:`statistics` of its first and then every ``every``-th update in the state.
+
+    After update number n (from 0) the state holds those of update ``n − n % every``. They are computed under
+    ``jax.lax.cond``, so that the updates in between cost nothing, and stay on the device: nothing calls back to the
+    host. (Under a ``vmap`` with states of its own the condition becomes a selection, and every update pays.)
+
+    It wraps the RMSProp and is no link beside it, because a link of ``optax.chain`` does not see the state of
+    another. Put it inside the chain, behind clipping: ``surprise`` compares the gradients that the wrapper is given
+    with the average of those that RMSProp was given.
+
+    Args:
+      inner: a transformation that contains an RMSProp: ``rmsprop(...)``, a dialect, a chain.
+      every: of how many updates one is recorded, a whole number of at least 1.
+      lr: as in :func:`effective_learning_rate`: what ``inner`` was built with.
+      eps: as in :func:`denominator`: what ``inner`` was built with.
+      eps_in_sqrt: as in :func:`denominator`: True for the dialects with eps under the root.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`RecordStatisticsState`. ``update``
+      needs ``params``.
+
+    Raises:
+      ValueError: when built, if ``every`` is no positive whole number or a number is out of range; at ``init``, if
+        there is no :class:`RMSPropState` in the state of ``inner``; at ``update``, without ``params`` and as
+        :func:`statistics`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> recorded = diagnostics.record_statistics(rmsprop(lr=0.1, alpha=0.75), every=10, lr=0.1)
+      >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), recorded)
+      >>> params = {"w": jnp.array([3.0, 4.0])}
+      >>> state = optimizer.init(params)
+      >>> for step in range(20):
+      ...     updates, state = optimizer.update(params, state, params)  # of the loss w²/2
+      ...     params = optax.apply_updates(params, updates)
+      ...     if step % 10 == 0:
+      ...         found = optax.tree.get(state, "statistics")
+      ...         print(f"{step}: {found['w/update_ratio']:.3f} {found['w/surprise']:.3f}")
+      0: 0.057 2.000
+      10: 0.044 1.014
+    """
+    if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+    _numbers("lr", lr, check_learning_rate)
+    _numbers("eps", eps, check_number)
+    check_flag("eps_in_sqrt", eps_in_sqrt)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: optax.Params) -> RecordStatisticsState:
+        inner_state = inner.init(params)
+        leaves = _leaves_of(params, params, inner_state, params, lr, eps)
+        names = tuple(jax.eval_shape(lambda leaves: _statistics(leaves, eps_in_sqrt), leaves))
+        step = _states(inner_state)[0].step  # lies on the devices of the parameters, as all of the state has to
+        nothing = jnp.broadcast_to(jnp.full_like(step, jnp.nan, jnp.float32), len(names))
+        return RecordStatisticsState(
+            update_count=jnp.zeros_like(step),
+            # For optax.tree.map_params, which calls init with a tree without leaves, one array stands for them all.
+            statistics=RecordedStatistics(names, nothing) if leaves else nothing,
+            inner_state=inner_state,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: RecordStatisticsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RecordStatisticsState]:
+        if params is None:
+            raise ValueError("params must be given to record their statistics: call update(updates, state, params)")
+        done, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        leaves = _leaves_of(updates, done, inner_state, params, lr, eps)
+        is_due = state.update_count % every == 0
+        return done, RecordStatisticsState(
+            update_count=optax.safe_increment(state.update_count),
+            statistics=_record(is_due, leaves, state.statistics, eps_in_sqrt) if leaves else state.statistics,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+def _record(
+    is_due: jax.Array, leaves: Mapping[str, _Leaf], before: RecordedStatistics, eps_in_sqrt: bool
+) -> RecordedStatistics:
+    """Jitted at module level: outside ``jit``, a ``cond`` is compiled again every time it is reached."""
+
+    def measure() -> jax.Array:
+        found = _statistics(leaves, eps_in_sqrt)
+        return jnp.stack([found[name] for name in before.names])
+
+    return RecordedStatistics(before.names, jax.lax.cond(is_due, measure, lambda: before.vector))
+
+
+# --- Where the state is, and what its leaves are called ------------------------------------------------------
+
+
+def _states(opt_state: optax.OptState) -> list[RMSPropState]:
+    """Every :class:`RMSPropState` in ``opt_state``; at least one."""
+
+    def is_found(x: Any) -> bool:
+        return isinstance(x, RMSPropState)
+
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_found) if is_found(x)]
+    if not states:
+        raise ValueError(
+            f"opt_state must contain an RMSPropState, got {type(opt_state).__name__} without one; give the state that "
+            "an optimizer of rmsprop_jax returned (of optax.chain all of it), and restore a checkpoint into what init "
+            "returns"
+        )
+    return [state._replace(step=jax.tree.leaves(state.step)[0]) for state in states]
+
+
+def _per_leaf(opt_state: optax.OptState) -> dict[_Name, RMSPropState]:
+    """The state of each parameter for itself."""
+    found: dict[_Name, RMSPropState] = {}
+    for state in _states(opt_state):
+        averages, means, buffers = map(_named, state[1:])
+        for name, square_avg in averages.items():
+            if square_avg is None:
+                continue
+            if name in found:
+                raise ValueError(f"opt_state has two RMSPropStates with the leaf {_key(name)}; {_ONE_EACH}")
+            found[name] = RMSPropState(
+                step=state.step,
+                square_avg=square_avg,
+                grad_avg=means.get(name),
+                momentum_buffer=buffers.get(name),
+            )
+    return found
+
+
+_ONE_EACH = "give the state of one optimizer for one set of parameters"
+
+
+def _overlay(trees: Sequence[Any], path: Any = ()) -> Any:
+    """One tree out of several, in each of which ``optax.MaskedNode`` stands for what is in another."""
+    trees = [tree for tree in trees if not isinstance(tree, optax.MaskedNode)]
+    if len(trees) < 2:
+        return trees[0] if trees else optax.MaskedNode()
+    levels = [jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x, tree=tree: x is not tree) for tree in trees]
+    children, structures = zip(*levels, strict=True)
+    if jax.tree_util.treedef_is_leaf(structures[0]) or len(set(structures)) > 1:
+        raise ValueError(
+            f"opt_state has two RMSPropStates that differ in the container or both have the leaf {_key(_name(path))}; "
+            f"{_ONE_EACH}"
+        )
+    merged = [
+        _overlay([child for _, child in siblings], (*path, *siblings[0][0])) for siblings in zip(*children, strict=True)
+    ]
+    return jax.tree.unflatten(structures[0], merged)
+
+
+def _leaves_of(
+    grads: optax.Updates, updates: optax.Updates, opt_state: optax.OptState, params: optax.Params, lr: Any, eps: Any
+) -> dict[str, _Leaf]:
+    """Every parameter by its key, with what belongs to it."""
+    arrays = {name: p for name, p in _named(params).items() if p is not None}
+    states = _per_leaf(opt_state)
+    averages = {name: state.square_avg for name, state in states.items()}
+    named_grads, named_updates = _named(grads), _named(updates)
+    for what, given in (("grads", named_grads), ("updates", named_updates), ("opt_state", averages)):
+        _check_like_params(what, given, arrays)
+    rates, epsilons = _numbers("lr", lr, check_learning_rate), _numbers("eps", eps, check_number)
+
+    def leaf(name: _Name, p: Any) -> _Leaf:
+        g, u = _at("grads", named_grads, name), _at("updates", named_updates, name)
+        if name not in states:
+            return _Leaf(g, u, p, state=None, lr=None, eps=None)
+        rate = _at_step(_at("lr", rates, name), states[name].step)
+        return _Leaf(g, u, p, states[name], rate, _at("eps", epsilons, name))
+
+    leaves: dict[str, _Leaf] = {}
+    for name, p in arrays.items():
+        key = _key(name)
+        if key in leaves or key == _TOTAL:
+            raise ValueError(f"params must have a name for each leaf that is not taken, got a second {key}; rename it")
+        leaves[key] = leaf(name, p)
+    return leaves
+
+
+def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_Name, Any]) -> None:
+    for name, x in given.items():
+        if x is None:
+            continue
+        if name not in arrays:
+            raise ValueError(f"{what} must be like params, but has a leaf {_key(name)} and params have none there")
+        if np.shape(x) != np.shape(arrays[name]):
+            raise ValueError(
+                f"{what} must be like params, but {_key(name)} has shape {np.shape(x)} and its parameter "
+                f"{np.shape(arrays[name])}"
+            )
+
+
+def _at(what: str, given: Mapping[_Name, Any], name: _Name) -> Any:
+    """What a prefix of the parameters has for ``name``."""
+    for depth in range(len(name), -1, -1):
+        if name[:depth] in given:
+            return given[name[:depth]]
+    raise ValueError(f"{what} must be like params or a prefix of them, but has nothing for {_key(name)}")
+
+
+def _numbers(what: str, prefix: Any, check: Callable[[str, Any], Any]) -> dict[_Name, Any]:
+    return {_name(path): check(what, number) for path, number in jax.tree_util.tree_leaves_with_path(prefix)}
+
+
+def _named(tree: Any) -> dict[_Name, Any]:
+    """The leaves by name, and ``None`` for what is none: ``None``, a mask, an integer or a function."""
+
+    def is_leaf(x: Any) -> bool:
+        # Flax's boxes, nnx.Variable (get_raw_value) and those of Linen (unbox), would each add a "value" to the path.
+        return x is None or isinstance(x, optax.MaskedNode) or hasattr(x, "get_raw_value") or hasattr(x, "unbox")
+
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        contents = jax.tree.leaves(leaf)
+        named[_name(path)] = contents[0] if contents and _is_inexact(contents[0]) else None
+    return named
+
+
+def _is_inexact(x: Any) -> bool:
+    return isinstance(x, float | complex) or (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _name(path: Any) -> _Name:
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def _key(name: _Name) -> str:
+    return "/".join(name) or "params"
