@@ -1,8 +1,8 @@
 """Measures everything, prints the tables and writes ``benchmarks/results/*.json``.
 
-Run: ``python -m benchmarks`` from the project's folder, all parts in less than ten minutes; ``python -m benchmarks step
-eager`` for some of them; ``--full`` for every combination and more rounds; ``--report README.md`` to measure nothing and
-put the tables of the last results into a page, and their pictures beside the results.
+Run: ``python -m benchmarks`` from the project's folder, all parts in about ten minutes; ``python -m benchmarks step
+eager`` for some of them; ``--full`` for every combination and more rounds; ``--report README.md`` to measure nothing
+and put the tables of the last results into a page, and their pictures beside the results.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import jax
 
 from benchmarks import peers
 from benchmarks.measure import Step, compared, in_turns, seconds
-from benchmarks.trees import TREES, Shape, parameters
+from benchmarks.trees import TREES, parameters
 
 # tree, variants, dtypes and whether torch.compile takes part, which compiles for half a minute.
 Selection = tuple[str, tuple[str, ...], tuple[str, ...], bool]
@@ -59,7 +59,7 @@ def row(tree: str, variant: str, dtype: str, compile_torch: bool) -> dict[str, A
         steps["keras"] = peers.keras_step(shapes, dtype, **arguments)
     slots = 2 + len(arguments.keys() & {"momentum", "centered"})
     steps["copy"] = peers.copy_step(shapes, dtype, slots)
-    found = compared(in_turns(steps, rounds_within(5.0, steps)))
+    found = compared(in_turns(steps, rounds_within(3.0, steps)))
     moved = 2 * params[0].dtype.itemsize * slots * parameters(shapes)
     return {
         "tree": tree,

@@ -22,7 +22,7 @@ COMPILED = (10, 100, 1000)  # compiling takes most of the time by far
 def measure(full: bool) -> list[dict[str, Any]]:
     """A row for every number of arrays and variant."""
     return [
-        row(variant, count, rounds=9 if full else 5, compiled_rounds=3 if full else 1)
+        row(variant, count, rounds=9 if full else 3, compiled_rounds=3 if full else 1)
         for variant in VARIANTS
         for count in COUNTS
     ]

@@ -852,8 +852,8 @@ def _named(tree: Any) -> dict[_Name, Any]:
     """The leaves by name, and ``None`` for what is none: ``None``, a mask, an integer or a function."""
 
     def is_leaf(x: Any) -> bool:
-        # Flax's boxes, nnx.Variable (get_raw_value) and those of Linen (unbox), would each add a "value" to the path.
-        return x is None or isinstance(x, optax.MaskedNode) or hasattr(x, "get_raw_value") or hasattr(x, "unbox")
+        # Flax's boxes, nnx.Variable (get_metadata) and those of Linen (unbox), would each add a "value" to the path.
+        return x is None or isinstance(x, optax.MaskedNode) or hasattr(x, "get_metadata") or hasattr(x, "unbox")
 
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):

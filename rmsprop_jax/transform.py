@@ -90,12 +90,25 @@ def centered_average(a: OneArray, alpha: jax.Array, gain: jax.Array) -> OneArray
     deviation = a.g - a.grad_avg
     square_avg = alpha * a.square_avg + alpha * gain * deviation * deviation
     grad_avg = a.grad_avg + gain * deviation
-    # XLA's CPU compiler does not know that it cannot be negative. So these two, which change nothing, make it write
-    # grad_avg after square_avg, which still reads the old one, and the parameter, which weight decay still reads,
-    # after both; where the order is open, it copies what is about to be overwritten (benchmarks/NOTES.md).
-    grad_avg = jnp.where(square_avg < 0, square_avg, grad_avg)
-    g = a.g if a.p is None else jnp.where(square_avg < 0, grad_avg, a.g)
+    grad_avg = _overwritten_after(square_avg, grad_avg)
+    g = a.g if a.p is None else _overwritten_after(square_avg, a.g, grad_avg)
     return a._replace(g=g, square_avg=square_avg, grad_avg=grad_avg)
+
+
+def _overwritten_after(square_avg: jax.Array, x: jax.Array, also: jax.Array | None = None) -> jax.Array:
+    """``x``; on the CPU in such a form that XLA writes it after ``square_avg``, and after ``also`` if given.
+
+    There each output is written in a loop of its own. The loop of ``square_avg`` reads the old ``grad_avg``, those of
+    both read the parameter that decays, and where the order is open XLA copies what is about to be overwritten. A
+    negative average does not exist, but XLA does not know that (benchmarks/NOTES.md).
+    """
+    return jax.lax.platform_dependent(
+        square_avg,
+        x,
+        square_avg if also is None else also,
+        cpu=lambda square_avg, x, also: jnp.where(square_avg < 0, also, x),
+        default=lambda square_avg, x, also: x,
+    )
 
 
 def divide_eps_outside(a: OneArray, eps: jax.Array) -> OneArray:
