@@ -6,6 +6,7 @@ VENV ?= .venv
 RUN_DIR ?= runs/digits
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 TORCH := torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -26,7 +27,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train port test lint build clean FORCE
+.PHONY: help setup train port test bench lint build clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,9 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 test: $(VENV)/.torch $(VENV)/.extra-tests ## run all tests, those against PyTorch included
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.torch $(VENV)/.extra-examples ## measure speed and memory against Optax and PyTorch, into benchmarks/results
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.extra-dev ## check style, formatting and types
 	@echo "lint: ruff check"

@@ -102,13 +102,14 @@ def _overwritten_after(square_avg: jax.Array, x: jax.Array, also: jax.Array | No
     both read the parameter that decays, and where the order is open XLA copies what is about to be overwritten. A
     negative average does not exist, but XLA does not know that (benchmarks/NOTES.md).
     """
-    return jax.lax.platform_dependent(
+    same: jax.Array = jax.lax.platform_dependent(
         square_avg,
         x,
         square_avg if also is None else also,
         cpu=lambda square_avg, x, also: jnp.where(square_avg < 0, also, x),
         default=lambda square_avg, x, also: x,
     )
+    return same
 
 
 def divide_eps_outside(a: OneArray, eps: jax.Array) -> OneArray:
