@@ -136,8 +136,8 @@ def circumstances(environment: dict[str, Any]) -> str:
 
 def write_into(page: pathlib.Path, name: str, text: str) -> None:
     """Puts ``text`` between the page's ``<!-- name -->`` markers, if it has them."""
-    marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-    page.write_text(marked.sub(lambda found: found[1] + text + found[2], page.read_text()))
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text()))
 
 
 # --- Pictures --------------------------------------------------------------------------------------------
