@@ -64,6 +64,7 @@ def compared(times: Mapping[str, list[float]]) -> dict[str, Any]:
 
 def save(part: str, rows: list[dict[str, Any]]) -> pathlib.Path:
     """Writes ``results/<part>_<backend>.json``, with what is needed to judge the figures later."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{part}_{jax.default_backend()}.json"
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
     return path
