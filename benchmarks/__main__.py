@@ -21,7 +21,7 @@ PARTS = tuple(report.TABLES)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
-    parser.add_argument("--full", action="store_true", help="every combination and more rounds; takes an hour")
+    parser.add_argument("--full", action="store_true", help="every combination and more rounds; takes much longer")
     parser.add_argument(
         "--report", type=pathlib.Path, metavar="PAGE", help="measure nothing; write tables and pictures"
     )

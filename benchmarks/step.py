@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.measure import Step, compared, in_turns, seconds
 from benchmarks.trees import TREES, parameters
 
-# tree, variants, dtypes and whether torch.compile takes part, which compiles for half a minute.
+# tree, variants, dtypes and whether torch.compile takes part, which spends long compiling.
 Selection = tuple[str, tuple[str, ...], tuple[str, ...], bool]
 BOTH_ENDS = ("plain", "centered + momentum")
 SOME: list[Selection] = [
