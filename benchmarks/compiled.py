@@ -13,31 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
-from rmsprop_jax import rmsprop
+from benchmarks import peers
 
 SIZE = 1 << 24
-VARIANTS = {
-    "plain": {},
-    "momentum": {"momentum": 0.9},
-    "centered + momentum": {"momentum": 0.9, "centered": True},
-    "weight decay": {"weight_decay": 1e-4},
-}
-
-
-def peer(weight_decay: float = 0.0, **arguments: object) -> optax.GradientTransformation:
-    scaling = optax.rmsprop(0.01, decay=0.99, **arguments)
-    return optax.chain(optax.add_decayed_weights(weight_decay), scaling) if weight_decay else scaling
 
 
 def compiled(tx: optax.GradientTransformation, device: jax.Device, dtype: str) -> jax.stages.Compiled:
-    def step(params: jax.Array, state: optax.OptState, grads: jax.Array) -> tuple[jax.Array, optax.OptState]:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.eval_shape(lambda: (jnp.zeros(SIZE, dtype), tx.init(jnp.zeros(SIZE, dtype)), jnp.zeros(SIZE, dtype)))
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*placed).compile()
+    return jax.jit(peers.whole_step(tx), donate_argnums=(0, 1)).lower(*placed).compile()
 
 
 def line(name: str, program: jax.stages.Compiled) -> str:
@@ -54,8 +39,8 @@ def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=parser.parse_args().topology)
     print(f"{topology.devices[0].device_kind}, jax {jax.__version__}")
     for dtype in ("float32", "bfloat16"):
-        for variant, arguments in VARIANTS.items():
-            for name, make in (("ours", rmsprop), ("optax", peer)):
+        for variant, arguments in peers.VARIANTS.items():
+            for name, make in peers.TRANSFORMATIONS.items():
                 print(line(f"{variant}, {dtype}, {name}", compiled(make(**arguments), topology.devices[0], dtype)))
 
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 
 from benchmarks.measure import Step
 from benchmarks.trees import Shape
@@ -81,6 +80,8 @@ def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], shapes: 
 
 def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
     """``torch.optim.RMSprop.step``, on the same kind of device as JAX uses."""
+    import torch  # here, since benchmarks.compiled does without it
+
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     params = [
         torch.nn.Parameter(torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)) for shape in shapes
