@@ -84,9 +84,10 @@ def average(a: OneArray, alpha: jax.Array, gain: jax.Array) -> OneArray:
 
 
 def centered_average(a: OneArray, alpha: jax.Array, gain: jax.Array) -> OneArray:
-    """``square_avg ← alpha · (square_avg + (1 − alpha) · (g − grad_avg)²)``, then ``grad_avg`` towards ``g``."""
+    """``square_avg ← alpha · square_avg + alpha · (1 − alpha) · (g − grad_avg)²``, then ``grad_avg`` towards ``g``."""
     # Equals torch's "average of g² minus grad_avg²" in real arithmetic, but is a sum of squares: it cannot
-    # cancel, so it cannot turn negative.
+    # cancel, so it cannot turn negative. With alpha outside brackets XLA's CPU compiler computes it twice
+    # (benchmarks/NOTES.md).
     deviation = a.g - a.grad_avg
     square_avg = alpha * a.square_avg + alpha * gain * deviation * deviation
     grad_avg = a.grad_avg + gain * deviation
