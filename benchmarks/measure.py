@@ -62,11 +62,11 @@ def compared(times: Mapping[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def save(part: str, rows: list[dict[str, Any]]) -> pathlib.Path:
+def save(part: str, rows: list[dict[str, Any]], backend: str, device: str) -> pathlib.Path:
     """Writes ``results/<part>_<backend>.json``, with what is needed to judge the figures later."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{part}_{jax.default_backend()}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path = RESULTS / f"{part}_{backend}.json"
+    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
     return path
 
 
@@ -76,24 +76,26 @@ def load(part: str, backend: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
+PACKAGES = ("jax", "optax", "flax", "torch", "keras", "libtpu", "jax-cuda12-pjrt")
+
+
+def environment(device: str) -> dict[str, Any]:
     """Date, hardware and versions."""
     return {
         "date": datetime.date.today().isoformat(),
-        "device": _device(),
-        "cores": os.cpu_count(),
+        "device": device,
         "python": platform.python_version(),
-        "versions": {
-            name: version for name in ("jax", "optax", "flax", "torch", "keras") if (version := _version(name))
-        },
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
 
-def _device() -> str:
-    """The name of the accelerator, or of the processor."""
+def this_device() -> str:
+    """The accelerator that JAX uses, or else the processor and its cores."""
     device = jax.devices()[0]
-    if device.platform != "cpu":
-        return str(device.device_kind)
+    return str(device.device_kind) if device.platform != "cpu" else f"{_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -78,6 +78,14 @@ def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], shapes: 
     return step
 
 
+def empty_step(transformation: optax.GradientTransformation, shapes: list[Shape], dtype: str) -> Step:
+    """The call alone: a program of the same arguments and results that computes nothing."""
+    params = arrays(shapes, dtype, seed=0)
+    state = transformation.init(params)
+    empty = jax.jit(lambda params, state, grads: (params, state), donate_argnums=(0, 1), keep_unused=True)
+    return jax_step(empty.lower(params, state, params).compile(), transformation.init, shapes, dtype)
+
+
 def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
     """``torch.optim.RMSprop.step``, on the same kind of device as JAX uses."""
     import torch  # here, since benchmarks.compiled does without it

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import RESULTS, load
 
 Row = dict[str, Any]
+PAGES = (RESULTS.parents[1] / "README.md", RESULTS.parent / "RESULTS.md")
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -33,8 +34,7 @@ def milliseconds(value: float) -> str:
 
 def step_table(rows: list[Row]) -> str:
     """Our step over everybody else's."""
-    named = [name for name in rows[0]["seconds"] if name != "ours"]
-    peers = [name for name in named if name != "copy"] + ["copy"]
+    peers = [name for name in rows[0]["seconds"] if name != "ours"]  # the first row has everybody
     return markdown(
         ["parameters", "setting", "dtype", "ours, ms", *(f"÷ {peer}" for peer in peers)],
         (
@@ -111,27 +111,50 @@ def training_table(rows: list[Row]) -> str:
     )
 
 
-# The tables of each part, by the name of their markers.
+def compiled_table(rows: list[Row]) -> str:
+    """What a step became for a device on which nothing ran, per parameter of one array."""
+    kinds = {
+        "kernels": "kernels",
+        "accessed": "bytes read and written",
+        "temporary": "bytes allocated",
+    }
+    return markdown(
+        ["setting", "dtype", *(f"{kind}: {name}" for kind in kinds.values() for name in ("ours", "optax"))],
+        (
+            [row["variant"], row["dtype"]]
+            + [str(row["per_parameter"][name][kind]) for kind in kinds for name in ("ours", "optax")]
+            for row in rows
+        ),
+    )
+
+
+# The tables of each part, by the name that their markers begin with.
 TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "step": {"step": step_table, "memory": memory_table},
     "tracing": {"tracing": tracing_table},
     "eager": {"eager": eager_table},
     "training": {"training": training_table},
+    "compiled": {"compiled": compiled_table},
 }
 
 
+def measured() -> list[tuple[str, str]]:
+    """Part and backend of every file of results."""
+    return [tuple(path.stem.split("_")) for path in sorted(RESULTS.glob("*.json"))]
+
+
 def tables(part: str, backend: str) -> dict[str, str]:
-    """The tables of one part, each with the line that says where it was measured."""
+    """The tables of one part by the names of their markers, each with the line that says where it was measured."""
     found = load(part, backend)
     return {
-        name: make(found["rows"]) + "\n\n" + circumstances(found["environment"]) for name, make in TABLES[part].items()
+        f"{name} {backend}": make(found["rows"]) + "\n\n" + circumstances(found["environment"])
+        for name, make in TABLES[part].items()
     }
 
 
 def circumstances(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    device = f"{environment['device']}, {environment['cores']} cores"
-    return f"({device}; Python {environment['python']}, {versions}; {environment['date']})"
+    return f"({environment['device']}; Python {environment['python']}, {versions}; {environment['date']})"
 
 
 def write_into(page: pathlib.Path, name: str, text: str) -> None:
@@ -175,30 +198,25 @@ def eager_picture(ax: Axes, rows: list[Row]) -> None:
 
 
 def step_picture(ax: Axes, rows: list[Row]) -> None:
-    """Ours, torch's and the yardstick over the number of parameters."""
+    """A line for each tree, the largest on top, with a mark for ours, torch's and the yardstick."""
     chosen = [row for row in rows if row["variant"] == "plain" and row["dtype"] == "float32"]
     chosen.sort(key=lambda row: (row["parameters"], row["arrays"]))
     looks = {
-        "torch": (ORANGE, "s", "torch.optim.RMSprop"),
+        "copy": (GREY, "|", "copy in place"),
         "ours": (BLUE, "o", "rmsprop_jax"),
-        "copy": (GREY, "_", "copy in place"),
+        "torch": (ORANGE, "s", "torch.optim.RMSprop"),
     }
+    places = range(len(chosen))
     for name, (colour, marker, label) in looks.items():
-        sizes = [row["parameters"] for row in chosen]
-        ax.loglog(sizes, [row["seconds"][name] for row in chosen], marker, color=colour, label=label)
-    for row in chosen:
-        ax.annotate(
-            row["tree"],
-            (row["parameters"], row["seconds"]["torch"]),
-            (0, 8),
-            textcoords="offset points",
-            fontsize=7,
-            ha="center",
-        )
-    ax.legend(frameon=False, loc="lower right")
-    ax.set_xlabel("parameters")
-    ax.set_ylabel("seconds per step")
-    ax.set_title("A compiled step")
+        ax.plot([1e3 * row["seconds"][name] for row in chosen], places, marker, color=colour, label=label)
+    ax.set_yticks(
+        places, [f"{row['tree']}\n{row['parameters']:,} in {row['arrays']:,} arrays" for row in chosen], fontsize=8
+    )
+    ax.grid(axis="y", linewidth=0.5, alpha=0.5)
+    ax.set_xscale("log")
+    ax.set_xlabel("milliseconds per step")
+    ax.set_title("A step without momentum, float32")
+    ax.figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
 
 
 PICTURES: dict[str, Callable[[Axes, list[Row]], None]] = {

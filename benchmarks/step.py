@@ -1,8 +1,9 @@
 """How long does one compiled optimizer step take, and how much memory does it touch?
 
 A step is ``update`` and ``apply_updates`` in one jitted program that overwrites parameters and state; torch's is
-``optimizer.step()``. The yardstick ``copy`` reads and overwrites the parameters and every slot once, so the gradient
-is all that a perfect step reads on top.
+``optimizer.step()``. There are two yardsticks. ``copy`` reads and overwrites the parameters and every slot once, so the
+gradient is all that a perfect step reads on top. ``empty call`` hands over and gets back the same arrays and computes
+nothing: what it costs to call a compiled program.
 """
 
 import math
@@ -59,6 +60,7 @@ def row(tree: str, variant: str, dtype: str, compile_torch: bool) -> dict[str, A
         steps["keras"] = peers.keras_step(shapes, dtype, **arguments)
     slots = 2 + len(arguments.keys() & {"momentum", "centered"})
     steps["copy"] = peers.copy_step(shapes, dtype, slots)
+    steps["empty call"] = peers.empty_step(peers.ours(**arguments), shapes, dtype)
     found = compared(in_turns(steps, rounds_within(3.0, steps)))
     moved = 2 * params[0].dtype.itemsize * slots * parameters(shapes)
     return {

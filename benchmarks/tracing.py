@@ -21,20 +21,16 @@ COMPILED = (10, 100, 1000)  # compiling takes most of the time by far
 
 def measure(full: bool) -> list[dict[str, Any]]:
     """A row for every number of arrays and variant."""
-    return [
-        row(variant, count, rounds=9 if full else 3, compiled_rounds=3 if full else 1)
-        for variant in VARIANTS
-        for count in COUNTS
-    ]
+    return [row(variant, count, rounds=9 if full else 3) for variant in VARIANTS for count in COUNTS]
 
 
-def row(variant: str, count: int, rounds: int, compiled_rounds: int) -> dict[str, Any]:
+def row(variant: str, count: int, rounds: int) -> dict[str, Any]:
     params = peers.arrays([(256,)] * count, "float32", seed=0)
     found: dict[str, Any] = {"variant": variant, "arrays": count}
     for part in ("update", "step"):
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in peers.TRANSFORMATIONS}
         for turn in range(rounds):
-            with_compiler = part == "step" and count in COMPILED and turn < compiled_rounds
+            with_compiler = part == "step" and count in COMPILED
             for name in sorted(samples, reverse=bool(turn % 2)):
                 transformation = peers.TRANSFORMATIONS[name](**peers.VARIANTS[variant])
                 samples[name].append(stages(transformation, params, part, with_compiler))

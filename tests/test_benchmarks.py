@@ -1,18 +1,16 @@
-"""The README's figures are those of the committed measurements, and the trees are those they are named after."""
-
-import pathlib
+"""The figures in the pages are those of the committed measurements, and the trees are those they are named after."""
 
 import pytest
 
 from benchmarks import measure, report, trees
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+PAGES = "\n".join(page.read_text() for page in report.PAGES)
 
 
-@pytest.mark.parametrize("part", report.TABLES)
-def test_tables_of_the_readme_are_those_of_the_results(part: str) -> None:
-    for name, table in report.tables(part, "cpu").items():
-        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in README, "run: python -m benchmarks --report README.md"
+@pytest.mark.parametrize(("part", "backend"), report.measured())
+def test_tables_are_those_of_the_results(part: str, backend: str) -> None:
+    for name, table in report.tables(part, backend).items():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in PAGES, "run: python -m benchmarks --report"
 
 
 @pytest.mark.parametrize(
