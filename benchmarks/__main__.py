@@ -16,7 +16,7 @@ import jax
 from benchmarks import report
 from benchmarks.measure import save, this_device
 
-PARTS = ("step", "tracing", "eager", "training")
+PARTS = ("step", "tracing", "eager", "training", "recording", "centered")
 
 
 def main() -> None:

@@ -3,15 +3,9 @@
 Gradients are 1 + noise · N(0, 1), for 1,000 coordinates and 3,000 steps at alpha = 0.99. Two figures for each:
 the median relative error of the standard deviation √variance after the last step (of coordinates where it is
 a number), and the share of coordinates whose update was NaN at one step or more.
-
-Run: ``python benchmarks/centered.py`` prints the table; ``--write README.md`` puts it between the file's
-``<!-- centered -->`` markers.
 """
 
-import argparse
-import pathlib
-import re
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,43 +63,20 @@ def run_torch(grads: np.ndarray) -> Outcome:
     return variance.double().numpy(), param.isnan().detach().numpy()  # a NaN never leaves the parameter
 
 
-def cell(outcome: Outcome, variance: np.ndarray) -> str:
+def accuracy(outcome: Outcome, variance: np.ndarray) -> dict[str, float | None]:
     got, is_nan = outcome
     positive = got >= 0
-    if not positive.any():
-        return f"none is a number, {is_nan.mean():.0%}"
-    error = np.median(np.abs(np.sqrt(got[positive] / variance[positive]) - 1))
-    return f"{error:.0e}, {is_nan.mean():.0%}"
+    errors = np.abs(np.sqrt(got[positive] / variance[positive]) - 1)
+    return {"error": float(np.median(errors)) if positive.any() else None, "nan": float(is_nan.mean())}
 
 
-def table() -> str:
-    runs: dict[str, Callable[[np.ndarray], Outcome]] = {
-        "`rmsprop_jax`": run_ours,
-        "`torch.optim.RMSprop`": run_torch,
-        "`optax.rmsprop`": run_optax,
-    }
-    lines = [f"| noise/mean | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
-    for noise in NOISES:
-        grads = (1 + noise * np.random.default_rng(0).normal(size=(STEPS, COORDINATES))).astype(np.float32)
-        variance = truth(grads)
-        lines.append(f"| {noise:g} | {' | '.join(cell(run(grads), variance) for run in runs.values())} |")
-    versions = f"JAX {jax.__version__}, Optax {optax.__version__}, PyTorch {torch.__version__.split('+')[0]}"
-    return "\n".join([*lines, "", f"({versions}, on the {jax.default_backend().upper()})"])
+def measure(full: bool) -> list[dict[str, Any]]:
+    """A row for every ratio of noise to mean; ``full`` changes nothing."""
+    return [row(noise) for noise in NOISES]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=pathlib.Path, help="a file to put the table into")
-    target = parser.parse_args().write
-    text = table()
-    print(text)
-    if target:
-        marked = re.compile(r"(<!-- centered -->\n).*?(\n<!-- /centered -->)", re.DOTALL)
-        new, count = marked.subn(lambda found: found[1] + text + found[2], target.read_text())
-        if count != 1:
-            parser.error(f"--write: {target} must have one pair of <!-- centered --> markers, found {count}")
-        target.write_text(new)
-
-
-if __name__ == "__main__":
-    main()
+def row(noise: float) -> dict[str, Any]:
+    grads = (1 + noise * np.random.default_rng(0).normal(size=(STEPS, COORDINATES))).astype(np.float32)
+    variance = truth(grads)
+    runs = {"ours": run_ours, "torch": run_torch, "optax": run_optax}
+    return {"noise": noise, **{name: accuracy(run(grads), variance) for name, run in runs.items()}}

@@ -111,6 +111,27 @@ def training_table(rows: list[Row]) -> str:
     )
 
 
+def centered_table(rows: list[Row]) -> str:
+    """Median error of the standard deviation, and share of coordinates that were NaN."""
+
+    def cell(found: dict[str, float | None]) -> str:
+        error = "none is a number" if found["error"] is None else f"{found['error']:.0e}"
+        return f"{error}, {found['nan']:.0%}"
+
+    names = {"ours": "`rmsprop_jax`", "torch": "`torch.optim.RMSprop`", "optax": "`optax.rmsprop`"}
+    return markdown(
+        ["noise/mean", *names.values()], ([f"{row['noise']:g}", *(cell(row[name]) for name in names)] for row in rows)
+    )
+
+
+def recording_table(rows: list[Row]) -> str:
+    """Training steps with and without recorded statistics."""
+    return markdown(
+        ["step", "ms", "÷ plain"],
+        ([row["step"], milliseconds(row["seconds"]), spread(row["ratio"])] for row in rows),
+    )
+
+
 def compiled_table(rows: list[Row]) -> str:
     """What a step became for a device on which nothing ran, per parameter of one array."""
     kinds = {
@@ -134,6 +155,8 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "tracing": {"tracing": tracing_table},
     "eager": {"eager": eager_table},
     "training": {"training": training_table},
+    "recording": {"recording": recording_table},
+    "centered": {"centered": centered_table},
     "compiled": {"compiled": compiled_table},
 }
 
