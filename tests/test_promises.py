@@ -16,7 +16,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 
-from rmsprop_jax import RMSPropState, dialects, rmsprop, scale_by_rmsprop, transform
+from rmsprop_jax import RMSPropState, diagnostics, dialects, rmsprop, scale_by_rmsprop, transform
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -34,6 +34,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] 
     "timm": lambda: dialects.timm(weight_decay=0.1, momentum=0.9, decoupled_decay=True, lr_in_momentum=False),
     "dreamer": dialects.dreamer,
     "optax": lambda: dialects.optax(0.01, momentum=0.9, nesterov=True, bias_correction=True),
+    "recorded": lambda: diagnostics.record_statistics(rmsprop(momentum=0.9), every=2),
 }
 every = pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS.keys())
 
@@ -254,10 +255,12 @@ def test_tree_map_params_visits_the_slots_only(make: Callable[[], Any]) -> None:
     tx = make()
     state = tx.init(PARAMS)
     marked = optax.tree.map_params(tx, lambda _: "slot", state)
-    assert marked.step is state.step
-    slots = [slot for slot in marked[1:] if slot is not None]
+    old, new = (getattr(found, "inner_state", found) for found in (state, marked))
+    assert new.step is old.step
+    slots = [slot for slot in new[1:] if slot is not None]
     assert set(jax.tree.leaves(slots)) == {"slot"}
-    assert len(slots) == sum(slot is not None for slot in state[1:])
+    assert len(slots) == sum(slot is not None for slot in old[1:])
+    assert jax.tree.leaves(marked).count("slot") == len(jax.tree.leaves(slots))
 
 
 def test_slots_are_found_by_name_inside_a_chain() -> None:
