@@ -36,8 +36,8 @@ def ours(**arguments: Any) -> optax.GradientTransformation:
 
 
 def optax_rmsprop(weight_decay: float = 0.0, **arguments: Any) -> optax.GradientTransformation:
-    """What a user of Optax writes for the same setting."""
-    scaling = optax.rmsprop(LR, decay=ALPHA, **arguments)
+    """What a user of Optax writes for the same rule, with eps outside the root."""
+    scaling = optax.rmsprop(LR, decay=ALPHA, eps_in_sqrt=False, **arguments)
     return optax.chain(optax.add_decayed_weights(weight_decay), scaling) if weight_decay else scaling
 
 
