@@ -7,6 +7,7 @@ RUN_DIR ?= runs/digits
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+NOTEBOOKS ?=
 TORCH := torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -27,10 +28,10 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train port test bench lint build clean FORCE
+.PHONY: help setup train port test notebooks pictures bench lint build clean FORCE
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.torch $(VENV)/.extra-dev ## make .venv with all that the other targets need
 	@echo "setup: $(VENV) is ready"
@@ -45,6 +46,12 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 test: $(VENV)/.torch $(VENV)/.extra-tests ## run all tests, those against PyTorch included
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab notebooks
+
+pictures: $(VENV)/.torch $(VENV)/.extra-notebooks ## run all notebooks in place, and make the README's pictures from them
+	@$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 bench: $(VENV)/.torch $(VENV)/.extra-examples ## measure speed and memory against Optax and PyTorch, into benchmarks/results
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -448,11 +448,13 @@ def summary(
 
     - not finite: a gradient, an update or a parameter is infinite or NaN.
     - learning rate too high: in total an update is more than a tenth of the parameters. (Parameters that all start
-      from 0 are caught in their first updates, too.)
+      from 0 are caught in their first updates, too, and so are runs that work: a first update moves every element
+      by lr/√(1 − alpha).)
     - eps too large: of the elements that were ever updated, √v < eps for more than half, so that RMSProp is not
       much else than gradient descent with a learning rate of lr/eps.
     - average stalled: the state is narrower than float32, and gradients are far below the average that should
-      have followed them, or the average of gradients that are not 0 is.
+      have followed them, or the average of gradients that are not 0 is. (An average with a long memory may lag
+      behind without rounding: what has stopped shows the same effective learning rates in a later table.)
     - centered step exploding: a gradient that hardly varies is divided by its vanishing deviation, or by the eps
       that is left of it, and steps are over a hundred times lr.
 
@@ -548,7 +550,7 @@ def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float], eps_in_sqr
     elif stalled:
         yield (
             f"average stalled: in {_listed(stalled)} the state rests in {states[stalled[0]].square_avg.dtype}, which "
-            "rounds its changes away, and it does not follow the gradient; leave accumulator_dtype out"
+            "rounds small changes away, and is far from the gradient's square; leave accumulator_dtype out"
         )
     else:
         if eps_rules(_TOTAL):
