@@ -53,7 +53,7 @@ notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in Jupyte
 pictures: $(VENV)/.torch $(VENV)/.extra-notebooks ## run all notebooks in place, and make the README's pictures from them
 	@$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
-bench: $(VENV)/.torch $(VENV)/.extra-examples ## measure speed and memory against Optax and PyTorch, into benchmarks/results
+bench: $(VENV)/.torch $(VENV)/.extra-benchmarks ## measure speed and memory against Optax, PyTorch and Keras, into benchmarks/results
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.extra-dev ## check style, formatting and types

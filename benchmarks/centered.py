@@ -47,7 +47,7 @@ def run_ours(grads: np.ndarray) -> Outcome:
 
 
 def run_optax(grads: np.ndarray) -> Outcome:
-    state, is_nan = run_jax(optax.rmsprop(0.01, decay=ALPHA, centered=True), grads)
+    state, is_nan = run_jax(optax.rmsprop(0.01, decay=ALPHA, eps_in_sqrt=False, centered=True), grads)
     mu, nu = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
     return np.asarray(nu - mu**2, np.float64), is_nan
 

@@ -8,7 +8,6 @@ per parameter of one array of 64M (a smaller one may move into a TPU's fast memo
 """
 
 import argparse
-import math
 import os
 import re
 from typing import Any
@@ -26,8 +25,9 @@ from benchmarks.measure import save
 
 SIZE = 1 << 26
 ITEMSIZES = {"f32": 4, "bf16": 2}
+NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast")
 
-# An H100 (SXM) in the words of XLA's GpuTargetConfigProto; the numbers are those of NVIDIA's data sheet.
+# An H100 (SXM) as XLA's GpuTargetConfigProto describes it.
 H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -75,12 +75,12 @@ def counted(program: jax.stages.Compiled) -> dict[str, float]:
     kernels = [
         (name, re.findall(r"%([\w.-]+)", operands))
         for name, _, operation, operands in arrays
-        if operation in ("fusion", "copy") and itemsize[name]
+        if operation not in NO_KERNEL and itemsize[name]
     ]
     return {
         "kernels": len(kernels),
         "accessed": sum(itemsize[name] + sum(itemsize[operand] for operand in operands) for name, operands in kernels),
-        "temporary": math.floor(program.memory_analysis().temp_size_in_bytes / SIZE),  # a few bytes hold pointers
+        "temporary": round(program.memory_analysis().temp_size_in_bytes / SIZE, 2),
     }
 
 

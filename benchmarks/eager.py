@@ -1,14 +1,16 @@
 """How long does an update take outside ``jit``, as in a cell of a notebook?
 
-``update`` alone; ``update`` and ``apply_updates``; and the transformation rebuilt for every call, as
-``optax.inject_hyperparams`` rebuilds it when a number changes. Arrays have 256 elements.
+``update`` alone; ``update`` and ``apply_updates``; the transformation rebuilt for every call; and under
+``optax.inject_hyperparams``, which rebuilds it, with another learning rate in every call. Arrays have 256 elements.
 """
 
-import inspect
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks import peers
@@ -54,17 +56,28 @@ def rebuild_and_update(make: Make, arguments: dict[str, Any], params: Any) -> St
 
 
 def inject_hyperparams(make: Make, arguments: dict[str, Any], params: Any) -> Step:
-    """A new learning rate at every call."""
-    factory = {peers.ours: peers.rmsprop, peers.optax_rmsprop: optax.rmsprop}[make]
-    names = {peers.ours: ("lr", "alpha"), peers.optax_rmsprop: ("learning_rate", "decay")}[make]
-    static = {"centered", "weight_decay_mask", "accumulator_dtype"} & set(inspect.signature(factory).parameters)
-    wrapped = optax.inject_hyperparams(factory, static_args=static)
-    transformation = wrapped(**dict(zip(names, (peers.LR, peers.ALPHA), strict=True)), **arguments)
+    """Another learning rate in every call; what the variant leaves out stays out of the program of both."""
+    lr, transformation = {
+        peers.ours: (
+            "lr",
+            optax.inject_hyperparams(
+                functools.partial(peers.rmsprop, alpha=peers.ALPHA, **arguments),
+                static_args=("weight_decay", "momentum", "centered", "weight_decay_mask", "accumulator_dtype"),
+            )(lr=peers.LR),
+        ),
+        peers.optax_rmsprop: (
+            "learning_rate",
+            optax.inject_hyperparams(
+                functools.partial(optax.rmsprop, decay=peers.ALPHA, eps_in_sqrt=False, **arguments),
+                static_args=("momentum",),
+            )(learning_rate=peers.LR),
+        ),
+    }[make]
     state = transformation.init(params)
-    rates = iter(range(1, 10**9))
+    rates = itertools.cycle([jnp.float32(0.01), jnp.float32(0.02)])
 
     def step() -> None:
-        state.hyperparams[names[0]] = jax.numpy.float32(0.01 / next(rates))
+        state.hyperparams[lr] = next(rates)
         jax.block_until_ready(transformation.update(params, state, params))
 
     return step

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+LOAD = os.getloadavg()[0]  # before anything is measured
 
 # A call that does one whole step and waits until it is done.
 Step = Callable[[], object]
@@ -31,7 +33,7 @@ def seconds(step: Step, repeats: int = 1) -> float:
 def in_turns(steps: Mapping[str, Step], rounds: int, shortest: float = 0.02) -> dict[str, list[float]]:
     """The time of each step in each round.
 
-    Who begins changes from round to round. A sample is repeated until it lasts ``shortest`` seconds; the pause
+    The order changes at random from round to round. A sample is repeated until it lasts ``shortest`` seconds; the pause
     before it lets the threads of the one before fall asleep (OpenMP's go on spinning for a while).
     """
     names = list(steps)
@@ -41,8 +43,7 @@ def in_turns(steps: Mapping[str, Step], rounds: int, shortest: float = 0.02) -> 
         repeats[name] = max(1, round(shortest / seconds(steps[name])))
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+        for name in random.Random(turn).sample(names, len(names)):
             time.sleep(0.005)
             times[name].append(seconds(steps[name], repeats[name]))
     return times
@@ -90,9 +91,9 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def this_device() -> str:
-    """The accelerator that JAX uses, or else the processor and its cores."""
+    """The accelerator that JAX uses, or else the processor, its cores and how busy they were before."""
     device = jax.devices()[0]
-    return str(device.device_kind) if device.platform != "cpu" else f"{_processor()}, {os.cpu_count()} cores"
+    return str(device.device_kind) if device.platform != "cpu" else f"{_processor()}, {os.cpu_count()} cores, load {LOAD:.1f}"
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.measure import Step
+from benchmarks.measure import Step, seconds
 from benchmarks.trees import Shape
 from rmsprop_jax import rmsprop
 
@@ -87,7 +88,7 @@ def empty_step(transformation: optax.GradientTransformation, shapes: list[Shape]
 
 
 def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
-    """``torch.optim.RMSprop.step``, on the same kind of device as JAX uses."""
+    """``torch.optim.RMSprop.step`` on the kind of device that JAX uses; on a CPU with one thread or all: the faster."""
     import torch  # here, since benchmarks.compiled does without it
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -98,14 +99,21 @@ def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool
         param.grad = torch.full_like(param, 0.01).normal_()
     optimizer = torch.optim.RMSprop(params, LR, ALPHA, foreach=foreach, **arguments)
     step = torch.compile(optimizer.step) if compiled else optimizer.step
-    if device == "cpu":
-        return step
 
     def synchronized() -> None:
         step()
         torch.cuda.synchronize()
 
-    return synchronized
+    def with_threads(count: int) -> None:
+        torch.set_num_threads(count)
+        step()
+
+    if device == "cuda":
+        return synchronized
+    choices = [functools.partial(with_threads, count) for count in (1, os.cpu_count())]
+    for choice in choices:
+        choice()  # the first call allocates, or compiles
+    return min(choices, key=lambda choice: statistics.median(seconds(choice) for _ in range(3)))
 
 
 def keras_step(shapes: list[Shape], dtype: str, **arguments: Any) -> Step:
@@ -127,12 +135,15 @@ def keras_step(shapes: list[Shape], dtype: str, **arguments: Any) -> Step:
     return step
 
 
-def copy_step(shapes: list[Shape], dtype: str, slots: int) -> Step:
-    """The yardstick: as many arrays as there are parameters and slots, each read and overwritten once."""
-    negate = jax.jit(functools.partial(jax.tree.map, jnp.negative), donate_argnums=0)
-    carry = [[arrays(shapes, dtype, seed) for seed in range(slots)]]
+def copy_step(kept: list[jax.Array]) -> Step:
+    """The yardstick: arrays of the sizes of ``kept``, each read and overwritten once.
+
+    Of integers, since arithmetic in bfloat16 is slower than memory on the CPU.
+    """
+    invert = jax.jit(functools.partial(jax.tree.map, jnp.invert), donate_argnums=0)
+    carry = [[jnp.zeros(array.shape, f"uint{8 * array.itemsize}") for array in kept]]
 
     def step() -> None:
-        carry[0] = jax.block_until_ready(negate(carry[0]))
+        carry[0] = jax.block_until_ready(invert(carry[0]))
 
     return step

@@ -36,10 +36,11 @@ def step_table(rows: list[Row]) -> str:
     """Our step over everybody else's."""
     peers = [name for name in rows[0]["seconds"] if name != "ours"]  # the first row has everybody
     return markdown(
-        ["parameters", "setting", "dtype", "ours, ms", *(f"÷ {peer}" for peer in peers)],
+        ["parameters", "setting", "dtype", "ours, ms", *(f"÷ {peer}" for peer in peers), "copy, GB/s"],
         (
             [row["tree"], row["variant"], row["dtype"], milliseconds(row["seconds"]["ours"])]
             + [spread(row["ratio"].get(peer)) for peer in peers]
+            + [f"{row['copy_bytes_per_second'] / 1e9:.0f}"]
             for row in rows
         ),
     )
@@ -97,15 +98,15 @@ def training_table(rows: list[Row]) -> str:
             "model",
             "parameters",
             "setting",
-            "gradient alone, ms",
-            "step, ms",
-            "step ÷ gradient alone",
-            "step ÷ with optax",
+            "with SGD, ms",
+            "with ours, ms",
+            "ours ÷ SGD",
+            "ours ÷ optax",
         ],
         (
             [row["model"], f"{row['parameters']:,}", row["variant"]]
-            + [milliseconds(row["seconds"][name]) for name in ("gradient alone", "ours")]
-            + [spread(row["ratio"][name]) for name in ("gradient alone", "optax")]
+            + [milliseconds(row["seconds"][name]) for name in ("SGD", "ours")]
+            + [spread(row["ratio"][name]) for name in ("SGD", "optax")]
             for row in rows
         ),
     )
@@ -143,7 +144,7 @@ def compiled_table(rows: list[Row]) -> str:
         ["setting", "dtype", *(f"{kind}: {name}" for kind in kinds.values() for name in ("ours", "optax"))],
         (
             [row["variant"], row["dtype"]]
-            + [str(row["per_parameter"][name][kind]) for kind in kinds for name in ("ours", "optax")]
+            + [f"{row['per_parameter'][name][kind]:g}" for kind in kinds for name in ("ours", "optax")]
             for row in rows
         ),
     )
@@ -194,7 +195,7 @@ LABELS = {"ours": "rmsprop_jax", "optax": "optax.rmsprop"}
 DASHES = {"plain": "-", "centered + momentum": "--"}
 
 
-def curves(ax: Axes, rows: list[Row], seconds: Callable[[Row, str], float]) -> None:
+def curves(ax: Axes, rows: list[Row], seconds: Callable[[Row, str], float], label: str) -> None:
     """Seconds over the number of arrays, a line for each optimizer and variant, labelled at its end."""
     for variant, dashes in DASHES.items():
         chosen = [row for row in rows if row["variant"] == variant]
@@ -207,16 +208,16 @@ def curves(ax: Axes, rows: list[Row], seconds: Callable[[Row, str], float]) -> N
                 color=colour, va="center", fontsize=8,
             )  # fmt: skip
     ax.set_xlabel("arrays of 256 elements")
-    ax.set_ylabel("seconds")
+    ax.set_ylabel(label)
 
 
 def tracing_picture(ax: Axes, rows: list[Row]) -> None:
-    curves(ax, rows, lambda row, name: row["update"]["trace and lower"]["seconds"][name])
+    curves(ax, rows, lambda row, name: row["update"]["trace and lower"]["seconds"][name], "processor seconds")
     ax.set_title("Tracing and lowering an update")
 
 
 def eager_picture(ax: Axes, rows: list[Row]) -> None:
-    curves(ax, [row for row in rows if row["way"] == "update"], lambda row, name: row["seconds"][name])
+    curves(ax, [row for row in rows if row["way"] == "update"], lambda row, name: row["seconds"][name], "seconds")
     ax.set_title("An update outside jit")
 
 

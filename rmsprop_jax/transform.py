@@ -67,7 +67,7 @@ def negate(a: OneArray) -> OneArray:
 
 def decay_weights(a: OneArray, weight_decay: jax.Array) -> OneArray:
     """``g ← g + weight_decay · p``: an L2 penalty."""
-    # Written −(−g − weight_decay · p), which has the same bits: XLA's CPU compiler repeats a negation in every loop
+    # Written −(−g − weight_decay · p), which is equal bit for bit, but for the sign of a 0: XLA's CPU compiler repeats a negation in every loop
     # that reads it, but writes a sum that several loops read to memory (benchmarks/NOTES.md).
     return a if a.p is None else a._replace(g=-(-a.g - weight_decay * a.p))
 
@@ -101,7 +101,8 @@ def _overwritten_after(square_avg: jax.Array, x: jax.Array, also: jax.Array | No
 
     There each output is written in a loop of its own. The loop of ``square_avg`` reads the old ``grad_avg``, those of
     both read the parameter that decays, and where the order is open XLA copies what is about to be overwritten. A
-    negative average does not exist, but XLA does not know that (benchmarks/NOTES.md).
+    negative average does not exist, but XLA does not know that (benchmarks/NOTES.md). (A traced alpha above 1, which
+    nobody checks, can make one; its root is NaN anyway.)
     """
     same: jax.Array = jax.lax.platform_dependent(
         square_avg,
@@ -219,10 +220,11 @@ _update_batch = jax.jit(_update_arrays, static_argnames="equations")
 
 
 def _update_in_batches(equations: tuple[Equation, ...], numbers: Numbers, arrays: list[OneArray]) -> list[OneArray]:
-    """Each array by itself, but those of one shape eight by eight: one call to trace and to lower in place of eight."""
+    """Each array by itself, but those that look alike eight by eight: one call to trace and to lower in place of eight."""
     alike: dict[Any, list[int]] = {}
     for i, array in enumerate(arrays):
-        alike.setdefault((array.g.shape, array.g.dtype), []).append(i)
+        kind = tuple(None if part is None else (part.shape, part.dtype) for part in array)
+        alike.setdefault(kind, []).append(i)
     done = list(arrays)
     for positions in alike.values():
         for start in range(0, len(positions), _BATCH):
@@ -437,7 +439,7 @@ def scale_by_rmsprop(
 
     and, if ``centered``, in place of the first line::
 
-        square_avg ← alpha · (square_avg + (1 − alpha) · (g − grad_avg)²)
+        square_avg ← alpha · square_avg + alpha · (1 − alpha) · (g − grad_avg)²
         grad_avg   ← grad_avg + (1 − alpha) · (g − grad_avg)
 
     The update points along the gradient, as every Optax scaling does; :func:`rmsprop` adds the sign and the

@@ -38,7 +38,7 @@ def cost(compiled: jax.stages.Compiled) -> tuple[int, int]:
     return len(loops), round(analysis["bytes accessed"] / SIZE)
 
 
-# Four bytes for each array that a loop reads or writes: see benchmarks/NOTES.md for what the loops are.
+# Loops, and four bytes for each array that one of them reads or writes: benchmarks/NOTES.md tells what they are.
 COSTS: dict[str, tuple[dict[str, Any], Any, int, int]] = {
     "plain": ({}, jnp.float32, 2, 28),
     "momentum": (dict(momentum=0.9), jnp.float32, 3, 40),
@@ -59,8 +59,8 @@ COSTS: dict[str, tuple[dict[str, Any], Any, int, int]] = {
 def test_step_reads_and_writes_no_more_than(name: str) -> None:
     arguments, dtype, loops, size = COSTS[name]
     counted = cost(compiled_step(arguments, dtype))
-    assert counted[0] <= loops
-    assert counted[1] <= size
+    assert 0 < counted[0] <= loops
+    assert size / 2 < counted[1] <= size  # half of it could not even visit every array once
 
 
 @pytest.mark.parametrize("name", COSTS)
