@@ -93,7 +93,11 @@ def environment(device: str) -> dict[str, Any]:
 def this_device() -> str:
     """The accelerator that JAX uses, or else the processor, its cores and how busy they were before."""
     device = jax.devices()[0]
-    return str(device.device_kind) if device.platform != "cpu" else f"{_processor()}, {os.cpu_count()} cores, load {LOAD:.1f}"
+    return (
+        str(device.device_kind)
+        if device.platform != "cpu"
+        else f"{_processor()}, {os.cpu_count()} cores, load {LOAD:.1f}"
+    )
 
 
 def _processor() -> str:

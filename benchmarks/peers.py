@@ -51,6 +51,11 @@ def arrays(shapes: list[Shape], dtype: str, seed: int) -> list[jax.Array]:
     return [jnp.array(np.resize(numbers, shape), dtype) for shape in shapes]
 
 
+def like(grads: list[jax.Array]) -> list[jax.Array]:
+    """New parameters, shaped like the gradients."""
+    return [jnp.copy(array) for array in grads]
+
+
 def whole_step(transformation: optax.GradientTransformation) -> Callable[..., Any]:
     """``update`` and ``apply_updates``."""
 
@@ -62,14 +67,14 @@ def whole_step(transformation: optax.GradientTransformation) -> Callable[..., An
 
 
 def compiled_step(transformation: optax.GradientTransformation, params: optax.Params) -> jax.stages.Compiled:
-    """The whole step as one program that overwrites parameters and state."""
-    state = transformation.init(params)
+    """The whole step as one program that overwrites parameters and state, from shapes."""
+    state = jax.eval_shape(transformation.init, params)
     return jax.jit(whole_step(transformation), donate_argnums=(0, 1)).lower(params, state, params).compile()
 
 
-def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], shapes: list[Shape], dtype: str) -> Step:
+def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], grads: list[jax.Array]) -> Step:
     """Runs ``compiled`` on its own parameters and state."""
-    params, grads = arrays(shapes, dtype, seed=0), arrays(shapes, dtype, seed=1)
+    params = like(grads)
     carry = [params, init(params)]
 
     def step() -> None:
@@ -79,12 +84,12 @@ def jax_step(compiled: jax.stages.Compiled, init: Callable[[Any], Any], shapes: 
     return step
 
 
-def empty_step(transformation: optax.GradientTransformation, shapes: list[Shape], dtype: str) -> Step:
-    """The call alone: a program of the same arguments and results that computes nothing."""
-    params = arrays(shapes, dtype, seed=0)
-    state = transformation.init(params)
+def empty_step(transformation: optax.GradientTransformation, count: int) -> Step:
+    """The call alone: a program of as many arguments and results that computes nothing. Sizes do not matter to it."""
+    grads = arrays([(1,)] * count, "float32", seed=1)
+    state = transformation.init(grads)
     empty = jax.jit(lambda params, state, grads: (params, state), donate_argnums=(0, 1), keep_unused=True)
-    return jax_step(empty.lower(params, state, params).compile(), transformation.init, shapes, dtype)
+    return jax_step(empty.lower(grads, state, grads).compile(), transformation.init, grads)
 
 
 def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
@@ -113,15 +118,14 @@ def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool
     choices = [functools.partial(with_threads, count) for count in (1, os.cpu_count())]
     for choice in choices:
         choice()  # the first call allocates, or compiles
-    return min(choices, key=lambda choice: statistics.median(seconds(choice) for _ in range(3)))
+    return min(choices, key=lambda choice: statistics.median(seconds(choice) for _ in range(2)))
 
 
-def keras_step(shapes: list[Shape], dtype: str, **arguments: Any) -> Step:
+def keras_step(grads: list[jax.Array], **arguments: Any) -> Step:
     """``keras.optimizers.RMSprop`` on the JAX backend, jitted as ``Model.fit`` does it."""
     optimizer = keras.optimizers.RMSprop(LR, ALPHA, **arguments)
-    variables = [keras.Variable(array) for array in arrays(shapes, dtype, seed=0)]
+    variables = [keras.Variable(array) for array in like(grads)]
     optimizer.build(variables)
-    grads = arrays(shapes, dtype, seed=1)
     carry = [[v.value for v in optimizer.variables], [v.value for v in variables]]
     jitted = jax.jit(
         lambda slots, grads, values: optimizer.stateless_apply(slots, grads, values), donate_argnums=(0, 2)
@@ -135,13 +139,13 @@ def keras_step(shapes: list[Shape], dtype: str, **arguments: Any) -> Step:
     return step
 
 
-def copy_step(kept: list[jax.Array]) -> Step:
-    """The yardstick: arrays of the sizes of ``kept``, each read and overwritten once.
+def copy_step(kept: list[jax.ShapeDtypeStruct]) -> Step:
+    """The yardstick: arrays of the shapes and widths of ``kept``, each read and overwritten once.
 
     Of integers, since arithmetic in bfloat16 is slower than memory on the CPU.
     """
     invert = jax.jit(functools.partial(jax.tree.map, jnp.invert), donate_argnums=0)
-    carry = [[jnp.zeros(array.shape, f"uint{8 * array.itemsize}") for array in kept]]
+    carry = [[jnp.zeros(array.shape, f"uint{8 * array.dtype.itemsize}") for array in kept]]
 
     def step() -> None:
         carry[0] = jax.block_until_ready(invert(carry[0]))

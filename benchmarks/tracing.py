@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.measure import ratio
 
 VARIANTS = ("plain", "centered + momentum")
-COUNTS = (10, 30, 100, 300, 1000, 2000)
+COUNTS = (10, 30, 100, 1000, 2000)
 COMPILED = (10, 100, 1000)  # compiling takes most of the time by far
 
 

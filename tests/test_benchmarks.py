@@ -31,7 +31,7 @@ def test_ratio_is_of_neighbours_in_time() -> None:
 def test_a_step_is_measured_against_everybody_in_the_table(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
     pytest.importorskip("torch")
     monkeypatch.setitem(trees.TREES, "tiny", [(3,), (3, 4)])
-    row = step.row("tiny", variant, "float32", compile_torch=False)
+    row = step.row("tiny", variant, "float32", everybody=False)
     committed = next(row for row in measure.load("step")["rows"] if row["variant"] == variant)
     assert set(committed["seconds"]) - set(row["seconds"]) <= {"torch compiled", "keras"}
     assert row["seconds"].keys() - committed["seconds"].keys() == set()
