@@ -1,6 +1,6 @@
 """Measures everything, prints the tables and writes ``benchmarks/results/*.json``.
 
-Run: ``python -m benchmarks`` from the project's folder, all parts in about ten minutes; ``python -m benchmarks step
+Run: ``python -m benchmarks`` from the project's folder, all parts in about nine minutes; ``python -m benchmarks step
 eager`` for some of them; ``--full`` for every combination and more rounds; ``--report`` to measure nothing and put the
 tables of the last results into ``README.md`` and ``benchmarks/RESULTS.md``, and their pictures beside the results. What
 a step becomes on a TPU or a GPU that is not there, ``python -m benchmarks.compiled`` tells.
