@@ -701,7 +701,7 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
       >>> for note in port.notes:
       ...     print("-", note)
       - eps is outside the root: the denominators are within a factor 1 to √2 of each other
-      - the average starts from 0.0 and not from 1.0: they differ by alphaᵗ, which is 1 % after 44 steps; compare it with v
+      - the average starts from 0.0 and not from 1.0: they differ by alphaᵗ, 1 % after 44 steps; compare that with v
       - the learning rate is not in the momentum buffer: the same as long as it is constant
       >>> print(port.step_ratio(gradient=1e-3, step=[1, 400]).round(1))  # too large at first
       [29.7  1. ]
@@ -722,7 +722,7 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
         steps = 1 if before["alpha"] == 0 else math.ceil(math.log(0.01) / math.log(before["alpha"]))
         notes.append(
             f"the average starts from {after['initial_scale']} and not from {before['initial_scale']}: they differ by "
-            f"{'' if gap == 1 else f'{gap:g} · '}alphaᵗ, which is 1 % after {steps} steps; compare it with v"
+            f"{'' if gap == 1 else f'{gap:g} · '}alphaᵗ, 1 % after {steps} steps; compare that with v"
         )
     if before["momentum"] and after["lr_in_buffer"] != before["lr_in_buffer"]:
         not_ = "" if after["lr_in_buffer"] else "not "

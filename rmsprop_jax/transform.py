@@ -67,8 +67,9 @@ def negate(a: OneArray) -> OneArray:
 
 def decay_weights(a: OneArray, weight_decay: jax.Array) -> OneArray:
     """``g ← g + weight_decay · p``: an L2 penalty."""
-    # Written −(−g − weight_decay · p), which is equal bit for bit, but for the sign of a 0: XLA's CPU compiler repeats a negation in every loop
-    # that reads it, but writes a sum that several loops read to memory (benchmarks/NOTES.md).
+    # Written −(−g − weight_decay · p), which is equal bit for bit, but for the sign of a 0: XLA's CPU compiler
+    # repeats a negation in every loop that reads it, but writes a sum that several loops read to memory
+    # (benchmarks/NOTES.md).
     return a if a.p is None else a._replace(g=-(-a.g - weight_decay * a.p))
 
 
@@ -220,7 +221,7 @@ _update_batch = jax.jit(_update_arrays, static_argnames="equations")
 
 
 def _update_in_batches(equations: tuple[Equation, ...], numbers: Numbers, arrays: list[OneArray]) -> list[OneArray]:
-    """Each array by itself, but those that look alike eight by eight: one call to trace and to lower in place of eight."""
+    """Each array by itself, but those that look alike eight by eight: one call to trace and lower in place of eight."""
     alike: dict[Any, list[int]] = {}
     for i, array in enumerate(arrays):
         kind = tuple(None if part is None else (part.shape, part.dtype) for part in array)

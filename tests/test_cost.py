@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -83,6 +84,14 @@ def test_mathematics_of_one_shape_is_lowered_once() -> None:
 
 def test_eight_more_arrays_of_one_shape_are_one_more_call() -> None:
     assert lowered_update(32).count(" call @") == lowered_update(24).count(" call @") + 1
+
+
+def test_irregular_mask_makes_no_more_batches_than_two() -> None:
+    params = {f"{i:02}": jnp.zeros((2, 3)) for i in range(64)}
+    mask = {name: bool(chosen) for name, chosen in zip(params, np.random.default_rng(0).random(64) < 0.5, strict=True)}
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=mask)
+    lowered = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert lowered.count("func.func private @_update_arrays") == 2
 
 
 def test_numbers_that_no_equation_names_stay_out_of_the_program() -> None:
