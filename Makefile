@@ -45,7 +45,7 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 
 test: $(VENV)/.torch $(VENV)/.extra-tests ## run all tests, those against PyTorch included
 	@echo "test: running pytest"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks

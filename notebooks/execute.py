@@ -26,6 +26,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
         timeout=LONGEST_CELL,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,  # a progress bar is one line
         resources={"metadata": {"path": str(NOTEBOOKS)}},
     )
     client.execute()

@@ -224,7 +224,7 @@ def _update_in_batches(equations: tuple[Equation, ...], numbers: Numbers, arrays
     """Each array by itself, but those that look alike eight by eight: one call to trace and lower in place of eight."""
     alike: dict[Any, list[int]] = {}
     for i, array in enumerate(arrays):
-        kind = tuple(None if part is None else (part.shape, part.dtype) for part in array)
+        kind = tuple(None if part is None else (jnp.shape(part), _dtype(part)) for part in array)
         alike.setdefault(kind, []).append(i)
     done = list(arrays)
     for positions in alike.values():

@@ -507,7 +507,7 @@ class Box:
         {"masked": optax.MaskedNode(), "kept": jnp.ones(2)},
         [(jnp.ones(1), None), [jnp.ones((1, 2, 3))]],
     ],
-    ids=str,
+    ids=lambda params: type(params).__name__,
 )
 def test_any_tree_works(params: Any) -> None:
     tx = rmsprop(momentum=0.9, centered=True, weight_decay=0.1)
