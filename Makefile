@@ -43,7 +43,7 @@ train: $(VENV)/.extra-examples ## train a small network on handwritten digits, i
 port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch to JAX and back, and compare
 	@$(BIN)/python examples/port_from_torch.py
 
-test: $(VENV)/.torch $(VENV)/.extra-tests ## run all tests, those against PyTorch included
+test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run all tests, those against PyTorch included
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 

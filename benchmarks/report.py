@@ -34,13 +34,13 @@ def milliseconds(value: float) -> str:
 
 def step_table(rows: list[Row]) -> str:
     """Our step over everybody else's."""
-    peers = [name for name in rows[0]["seconds"] if name != "ours"]  # the first row has everybody
+    peers = [name for name in rows[0]["seconds"] if name not in ("ours", "empty call")]  # the first row has everybody
     return markdown(
-        ["parameters", "setting", "dtype", "ours, ms", *(f"÷ {peer}" for peer in peers), "copy, GB/s"],
+        ["parameters", "setting", "dtype", "ours, ms", *(f"÷ {peer}" for peer in peers), "empty call, ms"],
         (
             [row["tree"], row["variant"], row["dtype"], milliseconds(row["seconds"]["ours"])]
             + [spread(row["ratio"].get(peer)) for peer in peers]
-            + [f"{row['copy_bytes_per_second'] / 1e9:.0f}"]
+            + [milliseconds(row["seconds"]["empty call"])]
             for row in rows
         ),
     )
