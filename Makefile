@@ -8,6 +8,7 @@ TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 NOTEBOOKS ?=
+JUPYTER_ARGS ?=
 TORCH := torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ endef
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
-setup: $(VENV)/.torch $(VENV)/.extra-dev ## make .venv with all that the other targets need
+setup: $(VENV)/.torch $(VENV)/.extra-dev $(VENV)/.extra-notebooks ## make .venv with what tests, linters, examples and notebooks need
 	@echo "setup: $(VENV) is ready"
 
 train: $(VENV)/.extra-examples ## train a small network on handwritten digits, into runs/digits
@@ -48,7 +49,7 @@ test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run all te
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab notebooks
+	@$(BIN)/jupyter lab notebooks $(JUPYTER_ARGS)
 
 pictures: $(VENV)/.torch $(VENV)/.extra-notebooks ## run all notebooks in place, and make the README's pictures from them
 	@$(BIN)/python notebooks/execute.py $(NOTEBOOKS)

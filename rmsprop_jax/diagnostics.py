@@ -335,7 +335,7 @@ def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
     patterns = [jax.lax.bitcast_convert_type(_widen_last_axis(x), jnp.uint32) for x in arrays]
 
     def settle_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (np.uint32(1 << 31) >> i)
+        candidate = found | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))  # without jit i may be an int
         below = jnp.zeros(len(ranks), jnp.uint32)
         for x in patterns:
             bounds = candidate.reshape(-1, *[1] * x.ndim)
