@@ -8,7 +8,6 @@ a step becomes on a TPU or a GPU that is not there, ``python -m benchmarks.compi
 
 import argparse
 import importlib
-import pathlib
 import time
 
 import jax
@@ -41,7 +40,7 @@ def measure(part: str, full: bool) -> None:
     path = save(part, rows, jax.default_backend(), this_device())
     for table in report.tables(part, jax.default_backend()).values():
         print(table, end="\n\n")
-    print(f"wrote {path.relative_to(pathlib.Path.cwd())} after {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"wrote {path} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def write_report() -> None:

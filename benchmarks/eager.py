@@ -15,16 +15,16 @@ import optax
 
 from benchmarks import peers
 from benchmarks.measure import Step, compared, in_turns
+from rmsprop_jax import rmsprop
 
 COUNTS = (1, 10, 100, 300)
-VARIANTS = ("plain", "centered + momentum")
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
     """A row for every way to call it, variant and number of arrays."""
     rows = []
     for way, run in WAYS.items():
-        for variant in VARIANTS:
+        for variant in peers.BOTH_ENDS:
             for count in COUNTS:
                 params = peers.arrays([(256,)] * count, "float32", seed=0)
                 steps = {
@@ -57,22 +57,16 @@ def rebuild_and_update(make: Make, arguments: dict[str, Any], params: Any) -> St
 
 def inject_hyperparams(make: Make, arguments: dict[str, Any], params: Any) -> Step:
     """Another learning rate in every call; what the variant leaves out stays out of the program of both."""
-    lr, transformation = {
-        peers.ours: (
-            "lr",
-            optax.inject_hyperparams(
-                functools.partial(peers.rmsprop, alpha=peers.ALPHA, **arguments),
-                static_args=("weight_decay", "momentum", "centered", "weight_decay_mask", "accumulator_dtype"),
-            )(lr=peers.LR),
-        ),
-        peers.optax_rmsprop: (
+    if make is peers.ours:
+        lr, factory = "lr", functools.partial(rmsprop, alpha=peers.ALPHA, **arguments)
+        static = ("weight_decay", "momentum", "centered", "weight_decay_mask", "accumulator_dtype")
+    else:
+        lr, factory = (
             "learning_rate",
-            optax.inject_hyperparams(
-                functools.partial(optax.rmsprop, decay=peers.ALPHA, eps_in_sqrt=False, **arguments),
-                static_args=("momentum",),
-            )(learning_rate=peers.LR),
-        ),
-    }[make]
+            functools.partial(optax.rmsprop, decay=peers.ALPHA, eps_in_sqrt=False, **arguments),
+        )
+        static = ("momentum",)
+    transformation = optax.inject_hyperparams(factory, static_args=static)(**{lr: peers.LR})
     state = transformation.init(params)
     rates = itertools.cycle([jnp.float32(0.01), jnp.float32(0.02)])
 

@@ -33,7 +33,8 @@ def seconds(step: Step, repeats: int = 1) -> float:
 def in_turns(steps: Mapping[str, Step], rounds: int, shortest: float = 0.02) -> dict[str, list[float]]:
     """The time of each step in each round.
 
-    The order changes at random from round to round. A sample is repeated until it lasts ``shortest`` seconds; the pause
+    The order changes at random from round to round. A sample is as many calls in a row as should
+    last ``shortest`` seconds; the pause
     before it lets the threads of the one before fall asleep (OpenMP's go on spinning for a while).
     """
     names = list(steps)

@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "centered + momentum": {"momentum": 0.9, "centered": True},
     "weight decay": {"weight_decay": 1e-4},
 }
+BOTH_ENDS = ("plain", "centered + momentum")  # the least that a step does, and nearly the most
 
 
 def ours(**arguments: Any) -> optax.GradientTransformation:
@@ -101,7 +102,7 @@ def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool
         torch.nn.Parameter(torch.full(shape, 0.01, dtype=getattr(torch, dtype), device=device)) for shape in shapes
     ]
     for param in params:
-        param.grad = torch.full_like(param, 0.01).normal_()
+        param.grad = torch.empty_like(param).normal_(std=0.01)
     optimizer = torch.optim.RMSprop(params, LR, ALPHA, foreach=foreach, **arguments)
     step = torch.compile(optimizer.step) if compiled else optimizer.step
 

@@ -15,7 +15,6 @@ import optax
 from benchmarks import peers
 from benchmarks.measure import ratio
 
-VARIANTS = ("plain", "centered + momentum")
 COUNTS = (10, 30, 100, 1000, 2000)
 COMPILED = (10, 100, 1000)  # compiling takes most of the time by far
 
@@ -24,7 +23,7 @@ def measure(full: bool) -> list[dict[str, Any]]:
     """A row for every number of arrays and variant."""
     return [
         row(variant, count, rounds=(9 if count < 1000 else 3) if full else (5 if count < 1000 else 2))
-        for variant in VARIANTS
+        for variant in peers.BOTH_ENDS
         for count in COUNTS
     ]
 

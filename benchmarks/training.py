@@ -57,11 +57,7 @@ def batches() -> dict[str, tuple[type[nnx.Module], jax.Array, jax.Array]]:
 
 def measure(full: bool) -> list[dict[str, Any]]:
     """A row for every model and variant."""
-    return [
-        row(model, variant, rounds=41 if full else 15)
-        for model in batches()
-        for variant in ("plain", "centered + momentum")
-    ]
+    return [row(model, variant, rounds=41 if full else 15) for model in batches() for variant in peers.BOTH_ENDS]
 
 
 def row(model: str, variant: str, rounds: int) -> dict[str, Any]:

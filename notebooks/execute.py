@@ -52,9 +52,10 @@ def pictures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
 
 
 def main(prefixes: list[str]) -> None:
-    for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        if prefixes and not path.name.startswith(tuple(prefixes)):
-            continue
+    chosen = [path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")) if path.name.startswith(tuple(prefixes or [""]))]
+    if not chosen:
+        sys.exit(f"no notebook's name starts with {' or '.join(prefixes)}")
+    for path in chosen:
         start = time.monotonic()
         notebook = execute(path)
         nbformat.write(notebook, path)
