@@ -5,6 +5,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -62,7 +63,7 @@ def test_checkpoint_block_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     optimizer.step()
     monkeypatch.chdir(tmp_path)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
-    scope: dict[str, Any] = {"torch": torch, "names": ["weight", "bias"]}
+    scope: dict[str, Any] = {"torch": torch, "jax": jax, "jnp": jnp, "names": ["weight", "bias"]}
     scope["to_params"] = lambda named: {"kernel": named["weight"].T, "bias": named["bias"]}
     exec(BLOCKS[3], scope)
     assert scope["state"].step == 1
