@@ -2,7 +2,7 @@
 
 A step is ``update`` and ``apply_updates`` in one jitted program that overwrites parameters and state; torch's is
 ``optimizer.step()``. There are two yardsticks. ``copy`` reads and overwrites the parameters and every slot once, so the
-gradient is all that a perfect step reads on top. ``empty call`` hands over and gets back the same arrays and computes
+gradient is all that a perfect step reads on top. ``empty call`` hands over and gets back as many arrays and computes
 nothing: what it costs to call a compiled program.
 """
 
