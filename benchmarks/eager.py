@@ -58,14 +58,11 @@ def rebuild_and_update(make: Make, arguments: dict[str, Any], params: Any) -> St
 def inject_hyperparams(make: Make, arguments: dict[str, Any], params: Any) -> Step:
     """Another learning rate in every call; what the variant leaves out stays out of the program of both."""
     if make is peers.ours:
-        lr, factory = "lr", functools.partial(rmsprop, alpha=peers.ALPHA, **arguments)
-        static = ("weight_decay", "momentum", "centered", "weight_decay_mask", "accumulator_dtype")
+        factory = functools.partial(rmsprop, alpha=peers.ALPHA, **arguments)
+        lr, static = "lr", ("weight_decay", "momentum", "centered", "weight_decay_mask", "accumulator_dtype")
     else:
-        lr, factory = (
-            "learning_rate",
-            functools.partial(optax.rmsprop, decay=peers.ALPHA, eps_in_sqrt=False, **arguments),
-        )
-        static = ("momentum",)
+        factory = functools.partial(optax.rmsprop, decay=peers.ALPHA, eps_in_sqrt=False, **arguments)
+        lr, static = "learning_rate", ("momentum",)
     transformation = optax.inject_hyperparams(factory, static_args=static)(**{lr: peers.LR})
     state = transformation.init(params)
     rates = itertools.cycle([jnp.float32(0.01), jnp.float32(0.02)])

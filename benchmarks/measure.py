@@ -17,6 +17,7 @@ import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LOAD = os.getloadavg()[0]  # before anything is measured
+PACKAGES = ("jax", "optax", "flax", "torch", "keras", "libtpu", "jax-cuda12-pjrt")
 
 # A call that does one whole step and waits until it is done.
 Step = Callable[[], object]
@@ -33,9 +34,8 @@ def seconds(step: Step, repeats: int = 1) -> float:
 def in_turns(steps: Mapping[str, Step], rounds: int, shortest: float = 0.02) -> dict[str, list[float]]:
     """The time of each step in each round.
 
-    The order changes at random from round to round. A sample is as many calls in a row as should
-    last ``shortest`` seconds; the pause
-    before it lets the threads of the one before fall asleep (OpenMP's go on spinning for a while).
+    The order changes at random from round to round. A sample is as many calls in a row as should last ``shortest``
+    seconds; the pause before it lets the threads of the one before fall asleep (OpenMP's go on spinning for a while).
     """
     names = list(steps)
     repeats = {}
@@ -78,9 +78,6 @@ def load(part: str, backend: str = "cpu") -> dict[str, Any]:
     return found
 
 
-PACKAGES = ("jax", "optax", "flax", "torch", "keras", "libtpu", "jax-cuda12-pjrt")
-
-
 def environment(device: str) -> dict[str, Any]:
     """Date, hardware and versions."""
     return {
@@ -94,11 +91,9 @@ def environment(device: str) -> dict[str, Any]:
 def this_device() -> str:
     """The accelerator that JAX uses, or else the processor, its cores and how busy they were before."""
     device = jax.devices()[0]
-    return (
-        str(device.device_kind)
-        if device.platform != "cpu"
-        else f"{_processor()}, {os.cpu_count()} cores, load {LOAD:.1f}"
-    )
+    if device.platform != "cpu":
+        return str(device.device_kind)
+    return f"{_processor()}, {os.cpu_count()} cores, load {LOAD:.1f}"
 
 
 def _processor() -> str:

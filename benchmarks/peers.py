@@ -2,7 +2,6 @@
 
 import functools
 import os
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +118,7 @@ def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool
     choices = [functools.partial(with_threads, count) for count in (1, os.cpu_count())]
     for choice in choices:
         choice()  # the first call allocates, or compiles
-    return min(choices, key=lambda choice: statistics.median(seconds(choice) for _ in range(2)))
+    return min(choices, key=lambda choice: seconds(choice, repeats=2))
 
 
 def keras_step(grads: list[jax.Array], **arguments: Any) -> Step:
