@@ -1,7 +1,22 @@
 """RMSProp for JAX: ``torch.optim.RMSprop``, and every other framework's, as Optax gradient transformations."""
 
+import importlib
+from typing import Any
+
 from rmsprop_jax import diagnostics, dialects, recipes
 from rmsprop_jax.transform import RMSPropState, rmsprop, scale_by_rmsprop
 
 __version__ = "0.1.0"
 __all__ = ["RMSPropState", "diagnostics", "dialects", "recipes", "rmsprop", "scale_by_rmsprop"]
+
+_LOADED_WHEN_USED = ("plotting", "torch_interop")  # plotting imports matplotlib
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_WHEN_USED:
+        return importlib.import_module(f"rmsprop_jax.{name}")
+    raise AttributeError(f"module 'rmsprop_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LOADED_WHEN_USED})

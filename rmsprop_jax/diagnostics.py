@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax.transform import RMSPropState, check_flag, check_learning_rate, check_number
+from rmsprop_jax.arguments import check_flag, check_number
+from rmsprop_jax.arguments import check_number_or_schedule as check_learning_rate
+from rmsprop_jax.transform import RMSPropState
 
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
 _TOTAL = "total"

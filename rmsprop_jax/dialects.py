@@ -34,6 +34,14 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
+from rmsprop_jax.arguments import (
+    check_eps,
+    check_flag,
+    check_number,
+    check_number_or_schedule,
+    check_smoothing,
+    explain_arguments,
+)
 from rmsprop_jax.transform import (
     Equation,
     RMSPropState,
@@ -42,9 +50,6 @@ from rmsprop_jax.transform import (
     average,
     average_steps,
     centered_average,
-    check_flag,
-    check_learning_rate,
-    check_number,
     decay_weights,
     decay_weights_decoupled,
     divide_eps_inside,
@@ -52,12 +57,12 @@ from rmsprop_jax.transform import (
     negate,
     rmsprop,
     scale_by_lr,
-    smoothing,
     transformation,
     unless_zero,
 )
 
 
+@explain_arguments
 def tensorflow(
     learning_rate: ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -107,10 +112,10 @@ def tensorflow(
       ``ApplyCenteredRMSProp`` in ``tensorflow/core/kernels/training_ops.cc``.
     """
     numbers = {
-        "lr": learning_rate if callable(learning_rate) else _in_float32("learning_rate", learning_rate),
-        "alpha": _in_float32("decay", decay, below=1.0),
-        "momentum": _in_float32("momentum", momentum),
-        "eps": _in_float32("epsilon", epsilon),
+        "lr": _in_float32(check_number_or_schedule, "learning_rate", learning_rate),
+        "alpha": _in_float32(check_smoothing, "decay", decay),
+        "momentum": _in_float32(check_number_or_schedule, "momentum", momentum),
+        "eps": _in_float32(check_eps, "epsilon", epsilon),
     }
     equations: tuple[Equation, ...] = (
         _average(centered),
@@ -122,6 +127,7 @@ def tensorflow(
     return transformation(equations, numbers, initial_scale=1.0, accumulator_dtype=accumulator_dtype)
 
 
+@explain_arguments
 def keras(
     learning_rate: ScalarOrSchedule = 1e-3,
     rho: ArrayLike = 0.9,
@@ -175,11 +181,11 @@ def keras(
       Keras 3, ``keras/src/optimizers/rmsprop.py``; the weight decay in ``base_optimizer.py``.
     """
     numbers = {
-        "lr": check_learning_rate("learning_rate", learning_rate),
-        **_alpha("rho", rho),
-        "momentum": check_number("momentum", momentum),
-        "eps": check_number("epsilon", epsilon),
-        "weight_decay": check_number("weight_decay", 0.0 if weight_decay is None else weight_decay),
+        "lr": check_number_or_schedule("learning_rate", learning_rate),
+        "alpha": check_smoothing("rho", rho),
+        "momentum": check_number_or_schedule("momentum", momentum),
+        "eps": check_eps("epsilon", epsilon),
+        "weight_decay": check_number_or_schedule("weight_decay", 0.0 if weight_decay is None else weight_decay),
     }
     equations: tuple[Equation, ...] = (
         _average(centered),
@@ -192,6 +198,7 @@ def keras(
     return transformation(equations, numbers, weight_decay_mask=weight_decay_mask, accumulator_dtype=accumulator_dtype)
 
 
+@explain_arguments
 def timm(
     lr: ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.9,
@@ -247,11 +254,11 @@ def timm(
       timm 1.0, ``timm/optim/rmsprop_tf.py``.
     """
     numbers = {
-        "lr": check_learning_rate("lr", lr),
-        **_alpha("alpha", alpha),
-        "eps": check_number("eps", eps),
-        "weight_decay": check_number("weight_decay", weight_decay),
-        "momentum": check_number("momentum", momentum),
+        "lr": check_number_or_schedule("lr", lr),
+        "alpha": check_smoothing("alpha", alpha),
+        "eps": check_eps("eps", eps),
+        "weight_decay": check_number_or_schedule("weight_decay", weight_decay),
+        "momentum": check_number_or_schedule("momentum", momentum),
     }
     decoupled = check_flag("decoupled_decay", decoupled_decay)
     buffer = unless_zero(numbers["momentum"], add_momentum)
@@ -272,6 +279,7 @@ def timm(
     )
 
 
+@explain_arguments
 def stable_baselines3(
     lr: ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.99,
@@ -323,11 +331,11 @@ def stable_baselines3(
       Stable-Baselines3 2.x, ``stable_baselines3/common/sb2_compat/rmsprop_tf_like.py``.
     """
     numbers = {
-        "lr": check_learning_rate("lr", lr),
-        **_alpha("alpha", alpha),
-        "eps": check_number("eps", eps),
-        "weight_decay": check_number("weight_decay", weight_decay),
-        "momentum": check_number("momentum", momentum),
+        "lr": check_number_or_schedule("lr", lr),
+        "alpha": check_smoothing("alpha", alpha),
+        "eps": check_eps("eps", eps),
+        "weight_decay": check_number_or_schedule("weight_decay", weight_decay),
+        "momentum": check_number_or_schedule("momentum", momentum),
     }
     equations: tuple[Equation, ...] = (
         *unless_zero(numbers["weight_decay"], decay_weights),
@@ -346,6 +354,7 @@ def stable_baselines3(
     )
 
 
+@explain_arguments
 def dqn(
     learning_rate: ScalarOrSchedule = 2.5e-4,
     squared_gradient_momentum: ArrayLike = 0.95,
@@ -390,14 +399,15 @@ def dqn(
       Table 1; github.com/deepmind/dqn at 9d9b1d1, ``dqn/NeuralQLearner.lua`` lines 256-277.
     """
     numbers = {
-        "lr": check_learning_rate("learning_rate", learning_rate),
-        **_alpha("squared_gradient_momentum", squared_gradient_momentum),
-        "eps": check_number("min_squared_gradient", min_squared_gradient),
+        "lr": check_number_or_schedule("learning_rate", learning_rate),
+        "alpha": check_smoothing("squared_gradient_momentum", squared_gradient_momentum),
+        "eps": check_eps("min_squared_gradient", min_squared_gradient),
     }
     equations: tuple[Equation, ...] = (centered_average, divide_eps_inside, scale_by_lr, negate)
     return transformation(equations, numbers, accumulator_dtype=accumulator_dtype)
 
 
+@explain_arguments
 def dreamer(
     lr: ScalarOrSchedule = 4e-5,
     beta2: ArrayLike = 0.999,
@@ -444,15 +454,16 @@ def dreamer(
       at e3f0224, ``embodied/jax/opt.py``; L. Ziyin et al., "LaProp" (arXiv:2002.04839).
     """
     numbers = {
-        "lr": check_learning_rate("lr", lr),
-        **_alpha("beta2", beta2),
-        "eps": check_number("eps", eps),
-        **_average_of_steps("beta1", beta1),
+        "lr": check_number_or_schedule("lr", lr),
+        "alpha": check_smoothing("beta2", beta2),
+        "eps": check_eps("eps", eps),
+        "momentum": check_smoothing("beta1", beta1),
     }
     equations: tuple[Equation, ...] = (average, divide_eps_outside, average_steps, scale_by_lr, negate)
     return transformation(equations, numbers, bias_correction=True, accumulator_dtype=accumulator_dtype)
 
 
+@explain_arguments
 def optax(
     learning_rate: ScalarOrSchedule,
     decay: ArrayLike = 0.9,
@@ -508,10 +519,10 @@ def optax(
       Optax 0.2.8, ``optax.rmsprop``, ``optax.scale_by_rms``, ``optax.scale_by_stddev``, ``optax.trace``.
     """
     numbers = {
-        "lr": check_learning_rate("learning_rate", learning_rate),
-        **_alpha("decay", decay),
-        "eps": check_number("eps", eps),
-        "momentum": check_number("momentum", 0.0 if momentum is None else momentum),
+        "lr": check_number_or_schedule("learning_rate", learning_rate),
+        "alpha": check_smoothing("decay", decay),
+        "eps": check_eps("eps", eps),
+        "momentum": check_number_or_schedule("momentum", 0.0 if momentum is None else momentum),
     }
     equations: tuple[Equation, ...] = (
         _average(centered),
@@ -529,21 +540,14 @@ def optax(
     )
 
 
-def _in_float32(name: str, value: Any, below: float = math.inf) -> Any:
-    number = check_number(name, value, below)
-    return check_number(f"{name} in float32", float(np.float32(number)), below) if type(value) is float else number
+def _in_float32(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """``value``, checked; a Python float as TensorFlow holds it."""
+    number = check(name, value)
+    return check(f"{name} in float32", float(np.float32(number))) if type(value) is float else number
 
 
 def _average(centered: Any) -> Equation:
     return centered_average if check_flag("centered", centered) else average
-
-
-def _alpha(name: str, value: Any) -> dict[str, Any]:
-    return smoothing("alpha", "gain", check_number(name, value, below=1.0))
-
-
-def _average_of_steps(name: str, value: Any) -> dict[str, Any]:
-    return smoothing("momentum", "momentum_gain", check_number(name, value, below=1.0))
 
 
 # --- From one dialect to another -------------------------------------------------------------------------

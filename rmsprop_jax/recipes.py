@@ -16,7 +16,8 @@ import optax
 from optax import GradientTransformationExtraArgs
 
 from rmsprop_jax import dialects
-from rmsprop_jax.transform import check_number, rmsprop
+from rmsprop_jax.arguments import check_number
+from rmsprop_jax.transform import rmsprop
 
 # --- Reinforcement learning ------------------------------------------------------------------------------
 

@@ -9,19 +9,31 @@ lecture 6e of "Neural Networks for Machine Learning" (2012); centered: A. Graves
 With Recurrent Neural Networks" (arXiv:1308.0850, eq. 38-45).
 """
 
+import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping
-from numbers import Number, Real
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import ArrayLike, DTypeLike
+
+from rmsprop_jax.arguments import (
+    check_eps,
+    check_flag,
+    check_float_dtype,
+    check_number,
+    check_number_or_schedule,
+    check_smoothing,
+    explain_arguments,
+    known,
+    shown,
+)
 
 
 class RMSPropState(NamedTuple):
@@ -41,6 +53,39 @@ class RMSPropState(NamedTuple):
     square_avg: optax.Params
     grad_avg: optax.Params | None
     momentum_buffer: optax.Params | None
+
+
+jax.export.register_namedtuple_serialization(RMSPropState, serialized_name="rmsprop_jax.RMSPropState")
+
+
+class Settings(NamedTuple):
+    """What an RMSProp was built with, as far as its state does not tell: the numbers as given, schedules unread.
+
+    Attributes:
+      lr: the learning rate; 1 for :func:`scale_by_rmsprop`, which has none.
+      eps: the number in the denominator.
+      eps_in_sqrt: whether ``eps`` is under the root.
+    """
+
+    lr: Any
+    eps: Any
+    eps_in_sqrt: bool
+
+
+class SettingsQuery:
+    """Asks every RMSProp inside a transformation what it was built with.
+
+    The call is ``tx.update(updates, state, params, rmsprop_settings=query)``. Optax passes keyword arguments on,
+    through chains, partitions, masks and injected hyperparameters. Each RMSProp that receives the query adds its
+    answer and returns updates and state untouched.
+
+    Attributes:
+      answers: a pair of state and :class:`Settings` for each RMSProp.
+    """
+
+    def __init__(self) -> None:
+        """Starts without answers."""
+        self.answers: list[tuple[RMSPropState, Settings]] = []
 
 
 # --- The update of one array, an equation each --------------------------------------------------------------
@@ -148,16 +193,47 @@ def scale_by_lr(a: OneArray, lr: jax.Array) -> OneArray:
     return a._replace(g=lr * a.g)
 
 
-# Which equations need the parameter, the average of the gradient, the momentum buffer.
-_DECAYING = {decay_weights, decay_weights_decoupled}
-_CENTERED = {centered_average}
-_BUFFERED = {add_momentum, add_nesterov_momentum, average_steps}
-
-
 @functools.cache
 def _numbers_of(equation: Equation) -> tuple[str, ...]:
     """The names of the numbers that an equation takes."""
     return tuple(inspect.signature(equation).parameters)[1:]
+
+
+_GAINS = {"alpha": "gain", "momentum": "momentum_gain"}  # each is 1 minus the smoothing constant before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """What is decided when a transformation is built, and is the same in every update.
+
+    It holds the equations where libraries that rewrite closures do not look: Optimistix replaces the functions that
+    it finds in one, and an equation that is another function is another equation.
+    """
+
+    equations: tuple[Equation, ...]
+    bias_correction: bool
+    accumulator_dtype: np.dtype | None
+
+    def names(self) -> set[str]:
+        """The hyperparameters that the equations need, by themselves or by their gains."""
+        taken = {name for equation in self.equations for name in _numbers_of(equation)}
+        return taken | {name for name, gain in _GAINS.items() if gain in taken}
+
+    def has(self, *equations: Equation) -> bool:
+        """Whether one of ``equations`` is among those of the algorithm."""
+        return any(equation in self.equations for equation in equations)
+
+    def decays(self) -> bool:
+        """Whether the update needs the parameters."""
+        return self.has(decay_weights, decay_weights_decoupled)
+
+    def slots(self) -> dict[str, bool]:
+        """For each slot of the state whether the algorithm keeps it."""
+        return {
+            "square_avg": True,
+            "grad_avg": self.has(centered_average),
+            "momentum_buffer": self.has(add_momentum, add_nesterov_momentum, average_steps),
+        }
 
 
 @jax.custom_jvp
@@ -195,7 +271,7 @@ def _update_array(equations: tuple[Equation, ...], numbers: Numbers, array: OneA
     """
     dtype = _arithmetic_dtype(array.square_avg.dtype)
     cast = {name: x.astype(dtype) for name, x in numbers.items()}
-    numbers = {"gain": 1 - cast["alpha"]} | cast
+    numbers = {_GAINS[name]: 1 - x for name, x in cast.items() if name in _GAINS} | cast
 
     def apply(part: Callable[[jax.Array], jax.Array]) -> OneArray:
         a: OneArray = jax.tree.map(lambda x: jnp.asarray(part(x), dtype), array)
@@ -252,43 +328,52 @@ def transformation(
 
     A number that is a function is a schedule and is read at ``RMSPropState.step``.
     """
-    slot_dtype = _check_accumulator_dtype(accumulator_dtype)
-    if bias_correction and isinstance(initial_scale, float) and initial_scale != 0:
+    algorithm = Algorithm(equations, bias_correction, check_float_dtype("accumulator_dtype", accumulator_dtype))
+    if bias_correction and known(initial_scale) not in (None, 0.0):
         raise ValueError(f"initial_scale must be 0 with bias_correction, which forgets the start, got {initial_scale}")
-    used = {name: numbers[name] for name in numbers if any(name in _numbers_of(equation) for equation in equations)}
+    settings = Settings(numbers.get("lr", 1.0), numbers.get("eps", 0.0), algorithm.has(divide_eps_inside))
+    used = {name: number for name, number in numbers.items() if name in algorithm.names()}
+    mask_is_function = _is_function(weight_decay_mask)
 
     def init(params: optax.Params) -> RMSPropState:
         _check_params(params)
 
-        def slot(value: ArrayLike) -> optax.Params:
-            return jax.tree.map(lambda p: _new_slot(p, value, slot_dtype), params)
+        def slots(value: ArrayLike) -> optax.Params:
+            return jax.tree.map(
+                lambda p: _new_slot(p, value, algorithm.accumulator_dtype) if _is_trainable(p) else None, params
+            )
 
+        kept = algorithm.slots()
         return RMSPropState(
             step=_new_counter(params),
-            square_avg=slot(initial_scale),
-            grad_avg=slot(0.0) if _CENTERED & set(equations) else None,
-            momentum_buffer=slot(0.0) if _BUFFERED & set(equations) else None,
+            square_avg=slots(initial_scale),
+            grad_avg=slots(0.0) if kept["grad_avg"] else None,
+            momentum_buffer=slots(0.0) if kept["momentum_buffer"] else None,
         )
 
     def update(
         updates: optax.Updates, state: RMSPropState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, RMSPropState]:
-        del extra_args
-        _check_state(state, equations)
-        now = {name: _at_step(name, number, state.step) for name, number in used.items()}
-        params = _arrays_of(params)
-        decayed = _decayed(params, weight_decay_mask) if _DECAYING & set(equations) else None
+        query = extra_args.get("rmsprop_settings")
+        if isinstance(query, SettingsQuery):
+            query.answers.append((state, settings))
+            return updates, state
+        _check_state(state, algorithm)
+        state = state._replace(step=_checked_step(state.step))
+        decayed = None
+        if algorithm.decays():
+            mask = weight_decay_mask(params) if mask_is_function and params is not None else weight_decay_mask
+            decayed = _decayed(params, mask)
         done: tuple[optax.Updates, RMSPropState]
-        done = _update_tree(equations, bias_correction, now, updates, state, params, decayed)
+        done = _update_tree(algorithm, _at_step(used, state.step), updates, state, _only_arrays(params), decayed)
         return done
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.partial(jax.jit, static_argnames=("equations", "bias_correction"))
+@functools.partial(jax.jit, static_argnames="algorithm")
 def _update_tree(
-    equations: tuple[Equation, ...],
-    bias_correction: bool,
+    algorithm: Algorithm,
     numbers: Numbers,
     updates: optax.Updates,
     state: RMSPropState,
@@ -302,11 +387,11 @@ def _update_tree(
     """
     step = optax.safe_increment(state.step)
     numbers = {name: jnp.asarray(x, _arithmetic_dtype(_dtype(x))) for name, x in numbers.items()}
-    if bias_correction:
-        averages = {"alpha": "gain"} | ({"momentum": "momentum_gain"} if average_steps in equations else {})
-        for decay, gain in averages.items():
-            one_minus = numbers.get(gain, 1 - numbers[decay])
-            numbers[decay], numbers[gain] = _bias_corrected(numbers[decay], one_minus, step)
+    if algorithm.bias_correction:
+        for decay, gain in _GAINS.items():
+            if decay in numbers and (decay == "alpha" or algorithm.has(average_steps)):
+                one_minus = numbers.get(gain, 1 - numbers[decay])
+                numbers[decay], numbers[gain] = _bias_corrected(numbers[decay], one_minus, step)
 
     # Python numbers are arrays by now, except under jax.disable_jit.
     updates, params = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), (updates, params))
@@ -315,16 +400,14 @@ def _update_tree(
     def column(name: str, tree: Any) -> list[Any]:
         return [None] * len(gradients) if tree is None else _flatten_like(name, tree, updates, structure)
 
-    slots = [column(f"state.{name}", tree) for name, tree in zip(state._fields[1:], state[1:], strict=True)]
-    _check_gradients("state.square_avg", slots[0], updates)
-    likes = slots[0]
-    if params is not None:
-        likes = column("params", params)
-        _check_gradients("params", likes, updates)
-    arrays = [OneArray(*row) for row in zip(gradients, column("params", decayed), *slots, strict=True)]
-    updated = iter(_update_in_batches(equations, numbers, [array for array in arrays if array.g is not None]))
+    slots = {name: column(f"state.{name}", tree) for name, tree in state._asdict().items() if name != "step"}
+    arrays_of_params = None if params is None else column("params", params)
+    _check_columns(algorithm, updates, gradients, arrays_of_params, slots)
+    likes = slots["square_avg"] if arrays_of_params is None else arrays_of_params
+    arrays = [OneArray(*row) for row in zip(gradients, column("params", decayed), *slots.values(), strict=True)]
+    updated = iter(_update_in_batches(algorithm.equations, numbers, [array for array in arrays if array.g is not None]))
     done = [
-        _leave_alone(array, like) if array.g is None else next(updated)
+        array._replace(g=_no_update(array.square_avg, like)) if array.g is None else next(updated)
         for array, like in zip(arrays, likes, strict=True)
     ]
 
@@ -339,18 +422,38 @@ def _update_tree(
     )
 
 
-def _at_step(name: str, number: Any, step: jax.Array) -> Any:
-    return check_number(f"the schedule of {name}", number(step)) if callable(number) else number
+def _at_step(numbers: Numbers, step: jax.Array) -> dict[str, Any]:
+    """The numbers of this update: schedules are read, and what Python can subtract from 1 has its gain beside it.
+
+    Python and NumPy subtract in double precision, as torch does: 1 − float32(0.99) is off by 1e-6. The gain of a
+    ``jax.Array`` is left to the program.
+    """
+    now = {name: _read(name, number, step) for name, number in numbers.items()}
+    in_double = {name: x for name, x in now.items() if name in _GAINS and isinstance(x, float | np.ndarray)}
+    gains = {_GAINS[name]: 1.0 - float(x) for name, x in in_double.items()}
+    return gains | now
 
 
-def _arrays_of(params: optax.Params | None) -> optax.Params | None:
-    """``params`` with ``None`` in place of leaves that jit does not take, the activations of a module for one."""
-    return jax.tree.map(lambda p: p if hasattr(p, "dtype") or isinstance(p, Number) else None, params)
+def _read(name: str, number: Any, step: jax.Array) -> Any:
+    """``number``, or what a schedule says at ``step``."""
+    if not callable(number):
+        return number
+    checks = {"alpha": check_smoothing, "eps": check_eps}
+    return checks.get(name, check_number)(f"the schedule of {name}", number(step))
 
 
-def _leave_alone(array: OneArray, param: Any) -> OneArray:
-    """No gradient: the slots stay as they are and the update is zero (``None`` where the parameter is)."""
-    return array._replace(g=jax.tree.map(jnp.zeros_like, param))
+def _only_arrays(params: optax.Params | None) -> optax.Params | None:
+    """``params`` with ``None`` in place of every leaf that is no floating or complex array."""
+    return jax.tree.map(lambda p: p if _is_array(p) and _is_trainable(p) else None, params)
+
+
+def _no_update(slots: Any, params: Any) -> Any:
+    """The update where there is no gradient: zero for a parameter that has a slot, ``None`` for everything else."""
+
+    def leaf(slot: Any, param: Any) -> Any:
+        return None if _is_absent(slot) or _is_absent(param) else jnp.zeros_like(param)
+
+    return jax.tree.map(leaf, slots, params, is_leaf=_is_absent)
 
 
 def _bias_corrected(alpha: jax.Array, gain: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -360,17 +463,25 @@ def _bias_corrected(alpha: jax.Array, gain: jax.Array, step: jax.Array) -> tuple
 
         gain  = (1 − alpha) / (1 − alphaᵗ)      alpha = alpha · (1 − alphaᵗ⁻¹) / (1 − alphaᵗ)
 
-    written so that nothing cancels and the latter is exactly 0 at t = 1.
+    The latter is exactly 0 at t = 1.
     """
-    log_alpha = jnp.log1p(jnp.maximum(-gain, jnp.finfo(gain.dtype).epsneg - 1))  # finite for alpha = 0
-    t = step.astype(log_alpha.dtype)
-    before, now = jnp.expm1((t - 1) * log_alpha), jnp.expm1(t * log_alpha)
-    return alpha * before / now, -gain / now
+    before, now = _one_minus_power(alpha, gain, step - 1), _one_minus_power(alpha, gain, step)
+    return alpha * before / now, gain / now
+
+
+def _one_minus_power(alpha: jax.Array, gain: jax.Array, t: jax.Array) -> jax.Array:
+    """1 − alphaᵗ, where nothing cancels for alpha near 1 and the derivative is right down to alpha = 0."""
+    is_small = alpha < 0.5
+    log_alpha = jnp.log1p(-jnp.where(is_small, 0.5, gain))
+    # An integer exponent, since 0 to the power of the float 0 has no derivative.
+    return jnp.where(is_small, 1 - jnp.where(is_small, alpha, 0.5) ** t, -jnp.expm1(t.astype(alpha.dtype) * log_alpha))
 
 
 def _new_slot(param: Any, value: ArrayLike, accumulator_dtype: np.dtype | None) -> jax.Array:
     dtype = _slot_dtype(_dtype(param), accumulator_dtype)
-    value = value * (1 + 1j) if _kind(dtype) is complex else value
+    if _kind(dtype) is complex:
+        real = jnp.asarray(value, jnp.finfo(dtype).dtype)
+        value = jax.lax.complex(real, real)
     slot: jax.Array = jnp.full_like(param, value, dtype=dtype)  # takes over the sharding of param
     return slot
 
@@ -392,6 +503,12 @@ def _put(step: jax.Array, sharding: Sharding) -> jax.Array:
     return placed
 
 
+def _is_function(mask: Any) -> bool:
+    """Whether a mask is a function of the parameters. As in Optax, a tree is a mask, even one with ``__call__``."""
+    leaves = jax.tree.leaves(mask)
+    return isinstance(mask, jax.tree_util.Partial) or (bool(leaves) and all(callable(leaf) for leaf in leaves))
+
+
 def _decayed(params: optax.Params | None, mask: Any) -> optax.Params:
     """The parameters that decay, with ``None`` in the place of those that do not."""
     if params is None:
@@ -399,20 +516,16 @@ def _decayed(params: optax.Params | None, mask: Any) -> optax.Params:
             "params must be given where weight_decay is: call update(updates, state, params). (A weight_decay that is "
             "an array counts, even if it is 0; optax.inject_hyperparams makes an array of every number.)"
         )
+    params = jax.tree.map(lambda p: p if _is_trainable(p) else None, params)
     if mask is None:
         return params
-    chosen = mask(params) if callable(mask) else mask
+    _check_prefix("weight_decay_mask", mask, params)
 
-    def choose(decays: Any, param: Any) -> Any:
-        return param if check_flag("weight_decay_mask", decays) else jax.tree.map(lambda _: None, param)
+    def choose(path: Any, decays: Any, param: Any) -> Any:
+        chosen = check_flag(f"weight_decay_mask{jax.tree_util.keystr(path)}", decays)
+        return param if chosen else jax.tree.map(lambda _: None, param)
 
-    try:
-        return jax.tree.map(choose, chosen, params)
-    except ValueError as error:
-        raise ValueError(
-            f"weight_decay_mask must be like params or a prefix of it: {jax.tree.structure(chosen)} "
-            f"is not one of {jax.tree.structure(params)}"
-        ) from error
+    return jax.tree_util.tree_map_with_path(choose, mask, params)
 
 
 # --- The public transformations --------------------------------------------------------------------------
@@ -511,27 +624,7 @@ def scale_by_rmsprop(
     )
 
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-
-def _refuse_execution_hints(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Says why torch's execution hints are no arguments here, where Python would say "unexpected keyword"."""
-
-    @functools.wraps(function)
-    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        for hint in ("foreach", "fused", "capturable", "differentiable"):
-            if hint in kwargs:
-                raise TypeError(
-                    f"{hint}={kwargs[hint]!r} tells torch how to execute the update; under XLA every update is "
-                    "compiled, fused and differentiable, so it means nothing here: leave it out"
-                )
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-@_refuse_execution_hints
+@explain_arguments
 def rmsprop(
     lr: optax.ScalarOrSchedule = 1e-2,
     alpha: ArrayLike = 0.99,
@@ -604,8 +697,8 @@ def rmsprop(
       average is kept as such, and alpha ≥ 1 and integer parameters are refused (torch takes them).
     """
     numbers = {
-        "lr": check_learning_rate("lr", lr),
-        "weight_decay": check_number("weight_decay", weight_decay),
+        "lr": check_number_or_schedule("lr", lr),
+        "weight_decay": check_number_or_schedule("weight_decay", weight_decay),
         **_scaling_numbers(alpha, eps, momentum),
     }
     equations = (
@@ -625,19 +718,15 @@ def rmsprop(
 
 def _scaling_numbers(alpha: Any, eps: Any, momentum: Any) -> dict[str, Any]:
     return {
-        **smoothing("alpha", "gain", check_number("alpha", alpha, below=1.0)),
-        "eps": check_number("eps", eps),
-        "momentum": check_number("momentum", momentum),
+        "alpha": check_smoothing("alpha", alpha),
+        "eps": check_eps("eps", eps),
+        "momentum": check_number_or_schedule("momentum", momentum),
     }
 
 
-def smoothing(decay: str, gain: str, value: Any) -> dict[str, Any]:
-    """The numbers named ``decay``, which is ``value``, and ``gain``, which is 1 − ``value``.
-
-    A Python number is subtracted in double precision, as torch does: 1 − float32(0.99) is off by 1e-6. An array is
-    what it is, and its gain is left to the program.
-    """
-    return {decay: value} | ({gain: 1.0 - value} if isinstance(value, float) else {})
+def unless_zero(number: Any, equation: Equation) -> tuple[Equation, ...]:
+    """A number that is 0 leaves its equation out; an array or a schedule never does: structure hangs on no data."""
+    return () if isinstance(number, float) and number == 0 else (equation,)
 
 
 def _scaling_equations(numbers: Numbers, centered: Any, eps_in_sqrt: Any) -> tuple[Equation, ...]:
@@ -648,86 +737,53 @@ def _scaling_equations(numbers: Numbers, centered: Any, eps_in_sqrt: Any) -> tup
     )
 
 
-# --- Checks of arguments ---------------------------------------------------------------------------------
-
-
-def check_number(name: str, value: Any, below: float = math.inf) -> Any:
-    """A Python number as a float, checked; a scalar array or a tracer as it is, its value unchecked."""
-    allowed = "a number ≥ 0" if below == math.inf else f"a number in [0, {below:g})"
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if not (0 <= number < below or number == below == math.inf):
-            hint = (
-                f"; it is a fraction, did you mean {number / 100:g}?" if below < math.inf and 50 <= number < 100 else ""
-            )
-            raise ValueError(f"{name} must be {allowed}, got {value!r}{hint}")
-        return number
-    if not isinstance(value, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be {allowed} or a scalar array, got {value!r} ({type(value).__name__})")
-    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
-        raise TypeError(f"{name} must be {allowed} or a scalar array, got an array of dtype {value.dtype}")
-    if value.shape:
-        raise ValueError(
-            f"{name} must be {allowed} or a scalar array, got an array of shape {value.shape}; "
-            f"to try many values at once, use jax.vmap over a function that builds the transformation"
-        )
-    return value
-
-
-def check_learning_rate(name: str, value: Any) -> Any:
-    """A schedule as it is, anything else as :func:`check_number` leaves it."""
-    return value if callable(value) else check_number(name, value)
-
-
-def unless_zero(number: Any, equation: Equation) -> tuple[Equation, ...]:
-    """A number that is 0 leaves its equation out; an array never does, so structure never depends on data."""
-    return () if isinstance(number, float) and number == 0 else (equation,)
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """``value`` if it is True or False."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
-    return bool(value)
-
-
-def _check_accumulator_dtype(value: DTypeLike | None) -> np.dtype | None:
-    if value is None:
-        return None
-    dtype = jnp.dtype(value)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"accumulator_dtype must be a real floating dtype or None, got {dtype.name}")
-    if dtype == jnp.float64 != jnp.result_type(float):
-        raise ValueError("accumulator_dtype float64 needs jax_enable_x64, got it switched off")
-    return dtype
-
-
 # --- Checks of trees -------------------------------------------------------------------------------------
 
 
 def _check_params(params: optax.Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        is_array = isinstance(leaf, Number) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))
-        if not is_array or _kind(getattr(leaf, "dtype", None) or _dtype(leaf)) is None:
+        if _is_array(leaf) and not _is_trainable(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise TypeError(
-                f"params{jax.tree_util.keystr(path)} must be floating or complex, got "
-                f"{getattr(leaf, 'dtype', type(leaf).__name__)}; leave it out with optax.masked, or make it None"
+                f"params{jax.tree_util.keystr(path)} must be floating or complex, got {leaf.dtype}; leave it out with "
+                "optax.masked, or make it None"
             )
 
 
-def _check_state(state: Any, equations: tuple[Equation, ...]) -> None:
+def _check_state(state: Any, algorithm: Algorithm) -> None:
     if not isinstance(state, RMSPropState):
         raise ValueError(
             f"state must be the RMSPropState that init returned, got {type(state).__name__}; take it out of the "
             "state of a chain, and restore a checkpoint into what init returns"
         )
-    for name, users, cause in (("grad_avg", _CENTERED, "centered"), ("momentum_buffer", _BUFFERED, "momentum")):
-        is_used = bool(users & set(equations))
-        if state.square_avg is not None and (getattr(state, name) is None) == is_used:
+    kept = algorithm.slots()
+    for name, cause in (("grad_avg", "centered"), ("momentum_buffer", "momentum")):
+        if state.square_avg is not None and (getattr(state, name) is None) == kept[name]:
             raise ValueError(
-                f"state.{name} is {'None' if is_used else 'not None'}, so the state belongs to a "
+                f"state.{name} is {'None' if kept[name] else 'not None'}, so the state belongs to a "
                 f"transformation with another setting of {cause}; call init again or keep the setting"
             )
+
+
+def _checked_step(step: Any) -> jax.Array:
+    """The number of updates as ``init`` gives it, an int32 scalar; integers of another width are converted."""
+    if isinstance(step, int) and not isinstance(step, bool):
+        step = np.asarray(step)
+    if not hasattr(step, "dtype") or not jnp.issubdtype(step.dtype, jnp.integer):
+        got = step.dtype if hasattr(step, "dtype") else shown(step)
+        raise TypeError(
+            f"state.step must be an int32 scalar as init gives it, got {got}; a narrow float stops counting "
+            "(bfloat16 at 256), so leave it out when you cast a state, or count again from a number that you know"
+        )
+    if step.shape:
+        raise ValueError(
+            f"state.step must be an int32 scalar as init gives it, got shape {step.shape}; update many states at once "
+            "with jax.vmap"
+        )
+    largest = jnp.iinfo(jnp.int32).max
+    if jnp.iinfo(step.dtype).max > largest:
+        step = step.clip(max=largest)
+    counted: jax.Array = step.astype(jnp.int32)
+    return counted
 
 
 def _flatten_like(name: str, tree: Any, updates: optax.Updates, structure: Any) -> list[Any]:
@@ -735,43 +791,95 @@ def _flatten_like(name: str, tree: Any, updates: optax.Updates, structure: Any) 
     try:
         parts: list[Any] = structure.flatten_up_to(tree)
     except ValueError:
-        difference = _first_difference(name, tree, updates)
+        difference = _first_difference("updates", updates, name, tree, "gradient")
         raise ValueError(f"updates must have the structure of {name}, but {difference}") from None
     return parts
 
 
-def _first_difference(name: str, tree: Any, updates: optax.Updates) -> str:
-    given = dict(jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none))
-    expected = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none))
-    left_alone = {path for path, g in given.items() if g is None}
+def _check_prefix(name: str, prefix: Any, params: optax.Params) -> None:
+    try:
+        jax.tree.map(lambda *_: None, prefix, params)
+    except ValueError:
+        difference = _first_difference(name, prefix, "params", params, "counterpart")
+        raise ValueError(f"{name} must be like params or a prefix of it, but {difference}") from None
+
+
+def _first_difference(prefix_name: str, prefix: Any, name: str, tree: Any, part: str) -> str:
+    """Says where ``prefix`` is not a prefix of ``tree``; ``part`` is what a leaf of the tree lacks then."""
+    given = [path for path, _ in jax.tree_util.tree_leaves_with_path(prefix, is_leaf=_is_none)]
+    expected = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)]
+    reached = {path[:depth] for path in expected for depth in range(len(path) + 1)}
+    covered = set(given)
     for path in expected:
-        if path not in given and not any(path[:depth] in left_alone for depth in range(len(path) + 1)):
-            return f"{name}{jax.tree_util.keystr(path)} has no gradient"
+        if not any(path[:depth] in covered for depth in range(len(path) + 1)):
+            return f"{name}{jax.tree_util.keystr(path)} has no {part} in {prefix_name}"
     for path in given:
-        if path not in expected and path not in left_alone:
-            return f"updates{jax.tree_util.keystr(path)} has no counterpart"
-    return f"{jax.tree.structure(updates)} is not {jax.tree.structure(tree)}"
+        if path not in reached:
+            return f"{prefix_name}{jax.tree_util.keystr(path)} has no counterpart in {name}"
+    return f"{shown(jax.tree.structure(prefix), 200)} is not {shown(jax.tree.structure(tree), 200)}"
 
 
-def _check_gradients(name: str, parts: list[Any], updates: optax.Updates) -> None:
-    """Raises at the first gradient whose shape or kind is not that of its part of the tree ``name``."""
-    gradients = jax.tree.leaves(updates, is_leaf=_is_none)
-    wrong = next((i for i, (g, part) in enumerate(zip(gradients, parts, strict=True)) if not _is_like(g, part)), None)
-    if wrong is None:
-        return
-    path = jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)[wrong][0])
-    g, part = gradients[wrong], parts[wrong]
-    if not hasattr(part, "dtype"):
-        raise ValueError(f"updates{path} is one array, but {name}{path} is {jax.tree.structure(part)}")
+def _check_columns(
+    algorithm: Algorithm,
+    updates: optax.Updates,
+    gradients: list[Any],
+    params: list[Any] | None,
+    slots: Mapping[str, list[Any]],
+) -> None:
+    """Raises at the first gradient whose parameter or slot is not what ``init`` would have given it.
+
+    A parameter must have the shape and the kind of its gradient. A slot must have the dtype of ``init`` too, since the
+    averages would stay in whatever dtype they came in.
+    """
+    kept = [name for name, is_kept in algorithm.slots().items() if is_kept]
+    for i, g in enumerate(gradients):
+        if g is None:
+            continue
+        param = None if params is None else params[i]
+        if param is not None and not _is_like(g, param):
+            raise _mismatch(updates, i, "params", param)
+        for name in kept:
+            slot = slots[name][i]
+            if not _is_like(g, slot):
+                raise _mismatch(updates, i, f"state.{name}", slot)
+            dtype = _expected_dtype(algorithm, g, param, slots[kept[0]][i])
+            if slot.dtype != dtype:
+                raise TypeError(
+                    f"state.{name}{_path(updates, i)} has dtype {slot.dtype}, but init gives {dtype}; convert it with "
+                    "astype, or build the transformation with the accumulator_dtype that you want"
+                )
+
+
+def _expected_dtype(algorithm: Algorithm, g: Any, param: Any, square_avg: Any) -> np.dtype:
+    """The dtype in which ``init`` makes a slot. Without the parameter, only its lower limit is known: float32."""
+    if param is None and algorithm.accumulator_dtype is None:
+        return jnp.promote_types(square_avg.dtype, _slot_dtype(jnp.dtype(jnp.float16), None))
+    return _slot_dtype((g if param is None else param).dtype, algorithm.accumulator_dtype)
+
+
+def _mismatch(updates: optax.Updates, i: int, name: str, part: Any) -> ValueError | TypeError:
+    """The error for gradient number ``i``, which does not fit ``part`` of the tree ``name``."""
+    g, path = jax.tree.leaves(updates, is_leaf=_is_none)[i], _path(updates, i)
+    if part is None or isinstance(part, optax.MaskedNode):
+        return ValueError(
+            f"updates{path} is a gradient, but {name}{path} has no slot for it; init gives one to every floating or "
+            "complex array that params have"
+        )
+    if not _is_array(part):
+        return ValueError(f"updates{path} is one array, but {name}{path} is {shown(part)}")
     if jnp.shape(g) != part.shape:
-        raise ValueError(f"updates{path} has shape {jnp.shape(g)}, but {name}{path} has shape {part.shape}")
-    raise TypeError(f"updates{path} has dtype {_dtype(g)}, but {name}{path} has dtype {part.dtype}")
+        return ValueError(f"updates{path} has shape {jnp.shape(g)}, but {name}{path} has shape {part.shape}")
+    return TypeError(f"updates{path} has dtype {_dtype(g)}, but {name}{path} has dtype {part.dtype}")
+
+
+def _path(updates: optax.Updates, i: int) -> str:
+    """The path of gradient number ``i``."""
+    return jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)[i][0])
 
 
 def _is_like(g: Any, part: Any) -> bool:
-    return g is None or (
-        hasattr(part, "dtype") and g.shape == part.shape and _kind(g.dtype) is _kind(part.dtype) is not None
-    )
+    """Whether ``part`` is an array of the shape and the kind of ``g``: real or complex."""
+    return _is_array(part) and g.shape == part.shape and _kind(g.dtype) is _kind(part.dtype) is not None
 
 
 # --- Dtypes ----------------------------------------------------------------------------------------------
@@ -803,5 +911,19 @@ def _slot_dtype(param_dtype: np.dtype, accumulator_dtype: np.dtype | None) -> np
     return dtype
 
 
+def _is_trainable(leaf: Any) -> bool:
+    """Whether a leaf of the parameters gets slots: a floating or complex array or Python number."""
+    return isinstance(leaf, float | complex) or (_is_array(leaf) and _kind(leaf.dtype) is not None)
+
+
+def _is_array(x: Any) -> bool:
+    """Whether ``x`` is an array or stands for one (``jax.ShapeDtypeStruct``); a dtype itself has no shape."""
+    return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)

@@ -12,11 +12,12 @@ PACKAGE = pathlib.Path(rmsprop_jax.__file__).parent
 # Each room and the rooms below it that it may stand on. Rooms on one floor do not know each other.
 ROOMS: dict[str, set[str]] = {
     "__init__": {"transform", "dialects", "recipes", "diagnostics"},
-    "transform": set(),
-    "dialects": {"transform"},
-    "recipes": {"dialects", "transform"},
-    "torch_interop": {"transform"},
-    "diagnostics": {"transform"},
+    "arguments": set(),
+    "transform": {"arguments"},
+    "dialects": {"transform", "arguments"},
+    "recipes": {"dialects", "transform", "arguments"},
+    "torch_interop": {"transform", "arguments"},
+    "diagnostics": {"transform", "arguments"},
     "plotting": {"diagnostics"},
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}

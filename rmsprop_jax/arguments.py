@@ -1,0 +1,254 @@
+"""Is this number, flag or schedule one we can take? The error that says what to do.
+
+One gate for every number of the package. Whatever is concrete is checked: numbers of Python and NumPy become floats,
+arrays stay arrays, so that a transformation can tell structure (the number 0 means that there is no momentum) from
+data. Of a tracer only dtype and shape are checked.
+"""
+
+import functools
+import inspect
+import math
+import reprlib
+from collections.abc import Callable
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_INT32_MAX = 2**31 - 1  # what a step counter can reach
+_SMALLEST_EPS = float(np.finfo(np.float32).tiny)
+
+# Arguments that mean the same in different frameworks.
+_SYNONYMS = (
+    ("lr", "learning_rate", "step_size"),
+    ("alpha", "decay", "rho", "squared_gradient_momentum", "beta2", "beta_2"),
+    ("eps", "epsilon", "min_squared_gradient"),
+    ("momentum", "beta1", "beta_1"),
+    ("weight_decay", "l2"),
+)
+_EXECUTION_HINTS = ("foreach", "fused", "capturable", "differentiable")
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------
+
+
+def check_number(name: str, value: Any, below: float = math.inf) -> Any:
+    """Returns ``value`` as a float, or as it is if it is a scalar array.
+
+    Raises:
+      ValueError: if the number is not in [0, ``below``), or the array is not a scalar.
+      TypeError: if ``value`` is neither a real number nor an array of them.
+    """
+    allowed = "a number ≥ 0" if below == math.inf else f"a number in [0, {below:g})"
+    if isinstance(value, jax.Array | np.ndarray):
+        _check_scalar(name, value, allowed)
+        concrete = known(value)
+        if concrete is not None:
+            _check_range(name, concrete, concrete, below, allowed)
+        return value
+    if not _is_real(value):
+        raise TypeError(f"{name} must be {allowed} or a scalar array, {_got(value)}{_hint_at_init(value)}")
+    number = _as_float(name, value)
+    _check_range(name, number, value, below, allowed)
+    return number
+
+
+def check_number_or_schedule(name: str, value: Any, below: float = math.inf) -> Any:
+    """Returns a schedule as it is, and anything else as :func:`check_number` does."""
+    return value if callable(value) else check_number(name, value, below)
+
+
+def check_smoothing(name: str, value: Any) -> Any:
+    """Returns a smoothing constant, a number in [0, 1), as :func:`check_number` does; or a schedule as it is.
+
+    Raises:
+      ValueError: as :func:`check_number`.
+      TypeError: as :func:`check_number`; also for half precision, in which 0.999 is 1 or far from itself.
+    """
+    if callable(value):
+        return value
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+        raise TypeError(
+            f"{name} must not be {value.dtype}, in which 0.999 cannot be told from 1 or lies far off; give a Python "
+            "number or a float32 array (optax.inject_hyperparams takes hyperparam_dtype=jnp.float32)"
+        )
+    return check_number(name, value, below=1.0)
+
+
+def check_eps(name: str, value: Any) -> Any:
+    """Returns a number ≥ 0 as :func:`check_number` does, or a schedule as it is.
+
+    Raises:
+      ValueError: as :func:`check_number`; also for a number that XLA takes for 0, below float32's smallest normal one.
+      TypeError: as :func:`check_number`.
+    """
+    checked = check_number_or_schedule(name, value)
+    number = known(checked)
+    if number is not None and 0 < number < _SMALLEST_EPS:
+        raise ValueError(
+            f"{name} must be 0 or at least {_SMALLEST_EPS:.3g}, the smallest normal number of float32, {_got(value)}; "
+            "XLA takes anything between for 0"
+        )
+    return checked
+
+
+def check_count(name: str, value: Any) -> int:
+    """Returns a whole number from 1 to 2³¹ − 1, what a step counter can reach, as an int.
+
+    Raises:
+      ValueError: if the number is out of range.
+      TypeError: if ``value`` is no whole number; a float is none, even if its fraction is 0.
+    """
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) and value.shape == ():
+        value = np.asarray(value)[()]
+    allowed = "a whole number from 1 to 2³¹ − 1"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {allowed}, {_got(value)}")
+    count = int(value)
+    if not 1 <= count <= _INT32_MAX:
+        raise ValueError(f"{name} must be {allowed}, {_got(value)}")
+    return count
+
+
+def known(number: Any) -> float | None:
+    """Returns a number that a check has passed as a float, if its value can be read here: no tracer, no schedule."""
+    if isinstance(number, jax.Array):
+        return float(np.asarray(number)) if _is_concrete(number) else None
+    return float(number) if isinstance(number, float | np.ndarray) else None
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns ``value`` as a bool, if it is True or False.
+
+    Raises:
+      TypeError: if it is anything else, 0 and 1 included.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, {_got(value)}")
+    return bool(value)
+
+
+def check_float_dtype(name: str, value: Any) -> np.dtype | None:
+    """Returns a real floating dtype as a ``np.dtype``, or None for None.
+
+    Raises:
+      ValueError: if it is float64 and ``jax_enable_x64`` is off.
+      TypeError: if it is no dtype, or none of real floating numbers.
+    """
+    if value is None:
+        return None
+    try:
+        dtype: np.dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a real floating dtype such as 'bfloat16', or None, {_got(value)}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a real floating dtype or None, got {dtype.name}")
+    if dtype == jnp.float64 != jnp.result_type(float):
+        raise ValueError(f"{name} float64 needs jax_enable_x64, got it switched off")
+    return dtype
+
+
+def _check_scalar(name: str, value: Any, allowed: str) -> None:
+    if not _is_real_dtype(value.dtype):
+        raise TypeError(f"{name} must be {allowed} or a scalar array, got an array of dtype {value.dtype}")
+    if value.shape:
+        raise ValueError(
+            f"{name} must be {allowed} or a scalar array, got an array of shape {value.shape}; to try many values at "
+            "once, use jax.vmap over a function that builds the transformation"
+        )
+
+
+def _check_range(name: str, number: float, value: Any, below: float, allowed: str) -> None:
+    if 0 <= number < below or number == below == math.inf:
+        return
+    is_percentage = below < math.inf and 50 <= number < 100
+    hint = f"; it is a fraction, did you mean {number / 100:g}?" if is_percentage else ""
+    raise ValueError(f"{name} must be {allowed}, got {shown(value)}{hint}")
+
+
+def _is_concrete(value: jax.Array) -> bool:
+    """Whether the value can be read here: no tracer, and no array that other processes hold a part of."""
+    return not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
+
+
+def _is_real(value: Any) -> bool:
+    is_number = isinstance(value, Real | Decimal) or (isinstance(value, np.generic) and _is_real_dtype(value.dtype))
+    return is_number and not isinstance(value, bool | np.bool_)
+
+
+def _is_real_dtype(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def _as_float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (OverflowError, ValueError):  # 10**400; a signaling NaN of decimal
+        raise ValueError(f"{name} must fit into a float, {_got(value)}") from None
+
+
+# --- Messages --------------------------------------------------------------------------------------------
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """The representation of ``value`` on one line, cut to ``length`` characters; never raises."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxother = short.maxstring = short.maxlong = length
+    try:
+        text = " ".join(short.repr(value).split())
+    except Exception:  # a representation that fails must not hide the error it was to explain
+        text = object.__repr__(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _got(value: Any) -> str:
+    return f"got {shown(value)} ({type(value).__name__})"
+
+
+def _hint_at_init(value: Any) -> str:
+    """What to do for someone who gave parameters to a transformation, as torch's optimizers take them."""
+    try:
+        leaves = [] if isinstance(value, jax.Array | np.ndarray) and not value.shape else jax.tree.leaves(value)
+    except (RecursionError, TypeError, ValueError):  # nested too deeply, or with keys that cannot be sorted
+        leaves = []
+    is_tree = inspect.isgenerator(value) or any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+    return "; parameters go to init and update, as in state = tx.init(params)" if is_tree else ""
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def explain_arguments(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Says what to write in place of an argument that ``function`` does not have, where Python says it is unexpected.
+
+    It knows what other frameworks call the same thing, torch's hints about execution, and parameters given first.
+    """
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        for given in kwargs:
+            if given not in names:
+                raise TypeError(_unknown_argument(function.__name__, given, kwargs[given], names))
+        if args and names[0] in kwargs and _hint_at_init(args[0]):
+            raise TypeError(f"{function.__name__} takes no parameters, {_got(args[0])}{_hint_at_init(args[0])}")
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _unknown_argument(function: str, given: str, value: Any, names: tuple[str, ...]) -> str:
+    if given in _EXECUTION_HINTS:
+        return (
+            f"{given}={shown(value)} tells torch how to execute the update; under XLA every update is "
+            "compiled, fused and differentiable, so it means nothing here: leave it out"
+        )
+    synonyms = next((group for group in _SYNONYMS if given in group), ())
+    meant = next((name for name in synonyms if name in names), None)
+    hint = f"did you mean {meant}={shown(value)}?" if meant else f"it takes {', '.join(names)}"
+    return f"{function} has no argument {given}; {hint}"
