@@ -445,7 +445,7 @@ def _read(name: str, number: Any, step: jax.Array) -> Any:
 
 def _only_arrays(params: optax.Params | None) -> optax.Params | None:
     """``params`` with ``None`` in place of every leaf that is no floating or complex array."""
-    return jax.tree.map(lambda p: p if _is_array(p) and _is_trainable(p) else None, params)
+    return jax.tree.map(lambda p: p if _is_array(p) and _kind(p.dtype) is not None else None, params)
 
 
 def _no_update(slots: Any, params: Any) -> Any:
@@ -775,6 +775,8 @@ def _check_state(state: Any, algorithm: Algorithm) -> None:
 
 def _checked_step(step: Any) -> jax.Array:
     """The number of updates as ``init`` gives it, an int32 scalar; integers of another width are converted."""
+    if isinstance(step, jax.Array) and step.dtype == jnp.int32 and not step.shape:
+        return step
     if isinstance(step, int) and not isinstance(step, bool):
         step = np.asarray(step)
     if not hasattr(step, "dtype") or not jnp.issubdtype(step.dtype, jnp.integer):
