@@ -1,6 +1,6 @@
 """RMSProp in NumPy float64, written from the published equations. Shares nothing with the package."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +16,18 @@ class Moment(NamedTuple):
     momentum_buffer: np.ndarray
 
 
+Number = float | Callable[[int], float]  # or a schedule, a function of the number of updates so far
+
+
 def rmsprop(
     param: np.ndarray,
     gradients: Sequence[np.ndarray],
     *,
-    lr: float = 0.01,
-    alpha: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
+    lr: Number = 0.01,
+    alpha: Number = 0.99,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    momentum: Number = 0.0,
     centered: bool = False,
     maximize: bool = False,
     eps_in_sqrt: bool = False,
@@ -32,9 +35,11 @@ def rmsprop(
     bias_correction: bool = False,
 ) -> Iterator[Moment]:
     """The documented rule, step by step: a variance is a difference of two averages here, as in torch."""
+    numbers = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
     param = np.asarray(param, np.float64)
     v, m, buffer = np.full_like(param, initial_scale), np.zeros_like(param), np.zeros_like(param)
     for t, gradient in enumerate(gradients, start=1):
+        lr, alpha, eps, weight_decay, momentum = (x(t - 1) if callable(x) else x for x in numbers.values())
         g = np.asarray(gradient, np.float64)
         g = (-g if maximize else g) + weight_decay * param
         v = alpha * v + (1 - alpha) * g**2
