@@ -145,7 +145,7 @@ def check_float_dtype(name: str, value: Any) -> np.dtype | None:
         return None
     try:
         dtype: np.dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, RecursionError):  # NumPy shows what it cannot take, however deep
         raise TypeError(f"{name} must be a real floating dtype such as 'bfloat16', or None, {_got(value)}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating dtype or None, got {dtype.name}")
