@@ -61,6 +61,30 @@ def check_number_or_schedule(name: str, value: Any, below: float = math.inf) -> 
     return value if callable(value) else check_number(name, value, below)
 
 
+def check_numbers(name: str, value: Any, at_least: float) -> np.ndarray:
+    """Returns real numbers ≥ ``at_least``, one or an array of them, in float64.
+
+    Raises:
+      ValueError: if one of them is smaller, or NaN.
+      TypeError: if ``value`` holds anything else, or is traced.
+    """
+    allowed = f"numbers ≥ {at_least:g}"
+    try:
+        numbers = np.asarray(value)
+        if numbers.dtype == object:  # Fraction, Decimal, integers of more than 64 bits
+            numbers = np.asarray([check_number(name, number) for number in numbers.flat]).reshape(numbers.shape)
+        is_real = _is_real_dtype(numbers.dtype)
+    except Exception:  # a tracer; lists of different lengths; something with no number in it
+        is_real = False
+    if not is_real:
+        raise TypeError(f"{name} must be {allowed} that are known here, {_got(value)}")
+    numbers = numbers.astype(np.float64)
+    if not (numbers >= at_least).all():
+        smaller = numbers[~(numbers >= at_least)].flat[0]
+        raise ValueError(f"{name} must be {allowed}, got {smaller:g}")
+    return numbers
+
+
 def check_smoothing(name: str, value: Any) -> Any:
     """Returns a smoothing constant, a number in [0, 1), as :func:`check_number` does; or a schedule as it is.
 
