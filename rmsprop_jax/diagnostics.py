@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax.arguments import check_count, check_eps, check_number
+from rmsprop_jax.arguments import check_count, check_eps, check_number, shown
 from rmsprop_jax.transform import RMSPropState, Settings, SettingsQuery
 
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
@@ -282,7 +282,7 @@ class _Measured(NamedTuple):
 @jax.jit
 def _measured(leaf: _Leaf) -> _Measured:
     p = _real(leaf.p)
-    g, u = (jnp.zeros_like(p) if x is None else _real(x) for x in (leaf.g, leaf.u))
+    g, u = (jnp.zeros_like(p) if x is None else _real(x).astype(p.dtype) for x in (leaf.g, leaf.u))
     if leaf.state is None:
         return _Measured(g, u, p)
     square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
@@ -297,7 +297,7 @@ def _measured(leaf: _Leaf) -> _Measured:
         rate=jnp.asarray(leaf.lr, v.dtype) / _denominator(v, leaf.eps),
         below_eps=(v < jnp.asarray(inside, v.dtype)) | (jnp.sqrt(v) < jnp.asarray(outside, v.dtype)),
         was_updated=was_updated,
-        surprise=jnp.where(was_updated, g / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
+        surprise=jnp.where(was_updated, g.astype(v.dtype) / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
     )
 
 
@@ -311,16 +311,19 @@ def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
 
     def rms(slot: str, count: Any = size) -> jax.Array:
         norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
-        return _norm(jnp.stack(norms)) / jnp.sqrt(jnp.maximum(1.0, count)) if norms else jnp.zeros(())
+        if not norms:
+            return jnp.zeros(())
+        wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+        norm = _norm(jnp.stack([norm.astype(wide) for norm in norms]))
+        return norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)
 
     def share(of: Callable[[Any], jax.Array]) -> jax.Array:
         count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros(()))
         return jnp.asarray(count / size)
 
     found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
-    # Biases start at 0, and 0/0 would be NaN as long as one rests there.
-    ratio = found["update_rms"] / found["param_rms"]
-    found["update_ratio"] = jnp.where(found["update_rms"] == 0, 0.0, ratio)
+    # Biases start at 0. As long as one rests there, 0/0 must not be computed: jax_debug_nans would stop there.
+    found["update_ratio"] = found["update_rms"] / jnp.where(found["update_rms"] == 0, 1.0, found["param_rms"])
     found["nonfinite"] = share(lambda leaf: ~(jnp.isfinite(leaf.g) & jnp.isfinite(leaf.u) & jnp.isfinite(leaf.p)))
     if any(leaf.rate is None for leaf in leaves):
         return found
@@ -349,7 +352,7 @@ def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
     """
     size = sum(x.size for x in arrays)
     ranks = np.array([max(1, -(-size * percent // 100)) for percent in _PERCENTILES], np.uint32)
-    patterns = [jax.lax.bitcast_convert_type(_widen_last_axis(x), jnp.uint32) for x in arrays]
+    patterns = [jax.lax.bitcast_convert_type(_longest_axis_last(x), jnp.uint32) for x in arrays]
 
     def settle_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))  # without jit i may be an int
@@ -365,12 +368,12 @@ def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
     return quantiles
 
 
-def _widen_last_axis(x: jax.Array) -> jax.Array:
-    """A last axis of a few elements merged with the one before: on a CPU, counting takes half the time then.
+def _longest_axis_last(x: jax.Array) -> jax.Array:
+    """The longest axis in place of a last one of a few elements: on a CPU, counting takes half the time then.
 
-    One axis in all would be faster still by a little, but would gather an array that is sharded along its last axis.
+    Axes are exchanged and not merged, since a merged axis has no sharding where one of the two is sharded.
     """
-    return x.reshape(*x.shape[:-2], -1) if x.ndim > 1 and x.shape[-1] < 16 and x.size else x
+    return jnp.swapaxes(x, int(np.argmax(x.shape)), -1) if x.ndim > 1 and x.shape[-1] < 16 else x
 
 
 def _real(x: Any) -> jax.Array:
@@ -587,7 +590,8 @@ def _relative_step(leaf: _Leaf) -> jax.Array:
     if leaf.state is None or leaf.g is None:
         return jnp.zeros(())
     denom = _denominator(_real(leaf.state.square_avg), leaf.eps)
-    return jnp.asarray(_norm(_real(leaf.g) / denom) / np.sqrt(max(1, denom.size)))
+    g = _real(leaf.g).astype(denom.dtype)
+    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / np.sqrt(max(1, denom.size)))  # 0/0 counts as 0
 
 
 def _is_stalled(state: RMSPropState, g: Any, surprise: float) -> bool:
@@ -927,9 +931,9 @@ def _leaves_of(
     arrays = {name: p for name, p in _named(params).items() if p is not None}
     states = _per_leaf(opt_state)
     averages = {name: state.square_avg for name, state in states.items()}
-    named_grads, named_updates = _named(grads), _named(updates)
-    for what, given in (("grads", named_grads), ("updates", named_updates), ("opt_state", averages)):
+    for what, given in (("grads", _contents(grads)), ("updates", _contents(updates)), ("opt_state", averages)):
         _check_like_params(what, given, arrays)
+    named_grads, named_updates = _named(grads), _named(updates)
 
     def leaf(name: _Name, p: Any) -> _Leaf:
         g, u = _at("grads", named_grads, name), _at("updates", named_updates, name)
@@ -949,7 +953,7 @@ def _leaves_of(
 
 def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_Name, Any]) -> None:
     for name, x in given.items():
-        if x is None:
+        if x is None or (name not in arrays and not _is_inexact(x)):
             continue
         if name not in arrays:
             raise ValueError(f"{what} must be like params, but has a leaf {_key(name)} and params have none there")
@@ -958,6 +962,19 @@ def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_N
                 f"{what} must be like params, but {_key(name)} has shape {np.shape(x)} and its parameter "
                 f"{np.shape(arrays[name])}"
             )
+        kind, allowed = _kind(x), _kind(arrays[name])
+        if kind != allowed:
+            raise ValueError(
+                f"{what} must be like params, but {_key(name)} is {kind} and its parameter {allowed}; give what the "
+                "optimizer was given and returned"
+            )
+
+
+def _kind(x: Any) -> str:
+    """The kind of numbers in ``x``, in which a parameter and what belongs to it have to agree."""
+    if not _is_inexact(x):
+        return shown(x.dtype if hasattr(x, "dtype") else type(x).__name__)
+    return "complex" if jnp.iscomplexobj(x) else "real"
 
 
 def _at(what: str, given: Mapping[_Name, Any], name: _Name) -> Any:
@@ -970,6 +987,11 @@ def _at(what: str, given: Mapping[_Name, Any], name: _Name) -> Any:
 
 def _named(tree: Any) -> dict[_Name, Any]:
     """The leaves by name, and ``None`` for what is none: ``None``, a mask, an integer or a function."""
+    return {name: x if _is_inexact(x) else None for name, x in _contents(tree).items()}
+
+
+def _contents(tree: Any) -> dict[_Name, Any]:
+    """What is in the leaves, by name: ``None`` in ``None`` and in a mask."""
 
     def is_leaf(x: Any) -> bool:
         # Flax's boxes, nnx.Variable (get_metadata) and those of Linen (unbox), would each add a "value" to the path.
@@ -978,7 +1000,7 @@ def _named(tree: Any) -> dict[_Name, Any]:
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         contents = jax.tree.leaves(leaf)
-        named[_name(path)] = contents[0] if contents and _is_inexact(contents[0]) else None
+        named[_name(path)] = contents[0] if contents else None
     return named
 
 

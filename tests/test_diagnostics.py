@@ -115,9 +115,10 @@ def assert_written_out(
 @pytest.mark.parametrize("eps_in_sqrt", [False, True])
 @pytest.mark.parametrize("eps", [1e-4, 3e-2])
 def test_statistics_are_the_formulas(centered: bool, eps_in_sqrt: bool, eps: float) -> None:
-    last = after(optax.chain(rmsprop(0.03, 0.9, eps, 0.0, 0.5, centered, eps_in_sqrt=eps_in_sqrt)))
+    scaling = scale_by_rmsprop(0.9, eps, 0.5, centered, eps_in_sqrt=eps_in_sqrt)
+    last = after(optax.chain(scaling, optax.scale(-0.03)))
     found = statistics(*last)
-    assert_written_out(found, last, last.state[0], 0.03, eps, eps_in_sqrt)
+    assert_written_out(found, last, last.state[0], 1.0, eps, eps_in_sqrt)
     assert 0.1 < found["total/eps_share"] < 0.9
     assert 0.1 < found["total/never_updated"] < 0.9
 
@@ -210,7 +211,9 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert_written_out(statistics(*last), last, last.state, 0.03, 1e-8)
     narrow = after(rmsprop(0.03, accumulator_dtype="bfloat16"))
     assert_written_out(statistics(*narrow), narrow, narrow.state, 0.03, 1e-8)
-    assert {x.dtype for x in jax.tree.leaves(denominator(narrow.tx, narrow.state, narrow.params))} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(denominator(narrow.tx, narrow.state, narrow.params))} == {
+        jnp.dtype("float32")
+    }
 
 
 def test_complex_leaf_is_two_real_ones() -> None:
@@ -384,7 +387,11 @@ def test_flax_linen_boxes_do_not_show_in_keys() -> None:
     grads = jax.tree.map(jnp.ones_like, params)
     tx = rmsprop()
     updates, state = tx.update(grads, tx.init(params), params)
-    assert {key.rpartition("/")[0] for key in statistics(tx, grads, updates, state, params)} == {"kernel", "bias", "total"}
+    assert {key.rpartition("/")[0] for key in statistics(tx, grads, updates, state, params)} == {
+        "kernel",
+        "bias",
+        "total",
+    }
 
 
 def test_equinox_module_and_its_functions() -> None:
@@ -413,7 +420,9 @@ def test_keys_are_plain() -> None:
     params = {"a'b": [Layer(jnp.ones(2), Block(gain=jnp.ones(3)))], "value": (jnp.ones(()),)}
     found = statistics(rmsprop(), params, params, rmsprop().init(params), params)
     assert {key.rpartition("/")[0] for key in found} == {"a'b/0/kernel", "a'b/0/value/gain", "value/0", "total"}
-    assert "params/grad_rms" in statistics(rmsprop(), jnp.ones(2), jnp.ones(2), rmsprop().init(jnp.ones(2)), jnp.ones(2))
+    assert "params/grad_rms" in statistics(
+        rmsprop(), jnp.ones(2), jnp.ones(2), rmsprop().init(jnp.ones(2)), jnp.ones(2)
+    )
 
 
 def test_orbax_checkpoint(tmp_path: Any) -> None:
