@@ -523,6 +523,204 @@ def test_recording_refuses_what_cannot_be_recorded() -> None:
         tx.update(tree(0), tx.init(tree(0)))
 
 
+# --- What the transformation says of itself -------------------------------------------------------------------
+
+SMALL = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5, 3.0]])}
+
+
+def small(seed: int) -> Any:
+    return jax.tree.map(lambda x: x + 0.1 * seed, SMALL)
+
+
+def assert_rates(last: Update, rates: dict[str, float], eps: dict[str, float], inside: set[str]) -> None:
+    """The rates and denominators are those of the formulas with these numbers."""
+    found = effective_learning_rate(last.tx, last.state, last.params)
+    averages = diagnostics._per_leaf(last.state)
+    for name, lr in rates.items():
+        v = np.asarray(averages[name,].square_avg, np.float64)
+        expected = lr / (np.sqrt(v + eps[name]) if name in inside else np.sqrt(v) + eps[name])
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+        assert diagnostics.settings(last.tx, last.state, last.params)[name].eps_in_sqrt == (name in inside)
+
+
+@pytest.mark.parametrize("measure", MEASURES[1:])
+def test_transformation_of_another_state_is_refused(measure: Callable[..., Any]) -> None:
+    state, params = rmsprop().init(SMALL), SMALL
+    with pytest.raises(ValueError, match=r"tx has no RMSProp for the leaf a of opt_state; give the transformation"):
+        measure(optax.sgd(0.1), state, params)
+
+
+def test_transformation_in_another_container_than_its_state_is_refused() -> None:
+    tx = optax.chain(optax.clip(1.0), rmsprop())
+    with pytest.raises(ValueError, match=r"tx does not fit opt_state"):
+        denominator(tx, rmsprop().init(SMALL), SMALL)
+    with pytest.raises(ValueError, match=r"tx does not fit opt_state"):
+        denominator(rmsprop(), tx.init(SMALL), SMALL)
+
+
+def test_wrapper_that_drops_extra_arguments_is_refused() -> None:
+    inside = rmsprop(1e-4, eps=1e-2)
+    tx = optax.GradientTransformation(inside.init, lambda g, s, p=None: inside.update(g, s, p))
+    updates, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    for measure in MEASURES:
+        with pytest.raises(ValueError, match=r"no RMSProp for the leaf a .* must pass keyword arguments on"):
+            measure(tx, state, SMALL)
+    with pytest.raises(ValueError, match="must pass keyword arguments on"):
+        record_statistics(tx).init(SMALL)
+
+
+def test_recorder_of_a_dialect_knows_its_numbers() -> None:
+    tx = record_statistics(dialects.optax(7e-4, eps=1e-5))
+    _, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    v = 0.1 * np.sort(np.abs(np.concatenate([np.ravel(x) for x in jax.tree.leaves(SMALL)])))[::-1][2] ** 2
+    np.testing.assert_allclose(state.statistics["total/lr_50"], 7e-4 / np.sqrt(v + 1e-5), rtol=1e-6)
+
+
+def test_injected_rate_that_changes_is_seen() -> None:
+    tx = record_statistics(optax.inject_hyperparams(rmsprop)(lr=0.1), every=1)
+    update = jax.jit(tx.update)
+    state = tx.init(SMALL)
+    for lr in (0.1, 0.4):
+        state.inner_state.hyperparams["lr"] = jnp.float32(lr)
+        updates, state = update(SMALL, state, SMALL)
+        last = Update(tx, SMALL, updates, state, SMALL)
+        chex.assert_trees_all_close(dict(state.statistics), statistics(*last), rtol=TOLERANCE)
+        assert_rates(last, {"a": lr, "b": lr}, {"a": 1e-8, "b": 1e-8}, set())
+        assert diagnostics.settings(tx, state, SMALL)["a"].lr == np.float32(lr)
+
+
+def test_injected_schedule_is_read_where_the_last_update_read_it() -> None:
+    last = after(
+        record_statistics(optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count)), every=1), make=small
+    )
+    assert_rates(last, {"a": 0.1 / 3, "b": 0.1 / 3}, {"a": 1e-8, "b": 1e-8}, set())
+    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+
+
+def test_each_group_has_its_own_place_of_eps() -> None:
+    groups = {"a": rmsprop(0.1, eps=1e-2), "b": dialects.keras(0.2, epsilon=3e-2)}
+    last = after(optax.partition(groups, {"a": "a", "b": "b"}), make=small)
+    assert_rates(last, {"a": 0.1, "b": 0.2}, {"a": 1e-2, "b": 3e-2}, {"b"})
+
+
+def halved(base: float, step: jax.Array) -> jax.Array:
+    return base / 2.0**step
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_schedules_may_be_pytrees_and_eps_one_of_them(compiled: bool) -> None:
+    tx = record_statistics(
+        rmsprop(jax.tree_util.Partial(halved, 0.1), eps=jax.tree_util.Partial(halved, 1e-2)), every=1
+    )
+    wrapped = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update)) if compiled else tx
+    last = after(wrapped, make=small)._replace(tx=tx)
+    assert_rates(last, {"a": 0.025, "b": 0.025}, {"a": 2.5e-3, "b": 2.5e-3}, set())
+    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+
+
+def test_rate_computed_inside_a_condition_is_refused_with_the_way_out() -> None:
+    injected = optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count))
+    outside = record_statistics(optax.apply_if_finite(injected, 3))
+    state = outside.init(SMALL)
+    with pytest.raises(ValueError, match="inside of a condition.*put record_statistics inside"):
+        jax.jit(outside.update)(SMALL, state, SMALL)
+    inside = optax.apply_if_finite(record_statistics(injected), 3)
+    _, state = jax.jit(inside.update)(SMALL, inside.init(SMALL), SMALL)
+    assert state.inner_state.statistics["total/nonfinite"] == 0
+
+
+def test_state_without_a_count_needs_constant_numbers() -> None:
+    tx = rmsprop(0.1)
+    updates, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    bare = state._replace(step=None)
+    chex.assert_trees_all_equal(
+        statistics(tx, SMALL, updates, bare, SMALL), statistics(tx, SMALL, updates, state, SMALL)
+    )
+    with pytest.raises(ValueError, match="opt_state.step is None, so the schedule of lr cannot be read"):
+        statistics(rmsprop(lambda step: 0.1), SMALL, updates, bare, SMALL)
+
+
+def test_record_comes_to_the_host_at_once_and_names_its_update() -> None:
+    tx = record_statistics(rmsprop(0.1), every=2)
+    state = tx.init(SMALL)
+    assert state.statistics.update == -1
+    for update in (0, 0, 2):
+        updates, state = tx.update(SMALL, state, SMALL)
+        assert state.statistics.update == update
+    record = jax.device_get(state.statistics)
+    assert {type(x) for x in (record.vector, record.update)} <= {np.ndarray, np.int32}
+    expected = statistics(tx, SMALL, updates, state, SMALL)
+    np.testing.assert_allclose(
+        [float(record[name]) for name in expected], [float(x) for x in expected.values()], rtol=TOLERANCE
+    )
+
+
+def all_functions(params: Any, momentum: float = 0.9, centered: bool = True) -> Any:
+    """Everything once: a first update without gradients, then one with them."""
+    tx = record_statistics(rmsprop(1e-3, momentum=momentum, centered=centered), every=1)
+    state = tx.init(params)
+    for grads in (jax.tree.map(lambda _: None, params), jax.tree.map(jnp.zeros_like, params), params):
+        updates, state = tx.update(grads, state, params)
+        found = statistics(tx, grads, updates, state, params)
+        denominator(tx, state, params), effective_learning_rate(tx, state, params)
+        summary(tx, grads, updates, state, params)
+        chex.assert_trees_all_close(dict(state.statistics), found, rtol=TOLERANCE)
+    return found
+
+
+def test_nothing_is_computed_only_to_be_thrown_away_as_not_a_number() -> None:
+    with jax.debug_nans(True):
+        all_functions({"zero": jnp.zeros(2), "one": jnp.ones((2, 2))})
+        tx, zero = rmsprop(0.0, eps=1e-8), jnp.zeros(2)
+        assert statistics(tx, zero, zero, tx.init(zero), zero)["params/update_ratio"] == 0
+    checkify = pytest.importorskip("jax.experimental.checkify")
+    tx, params = rmsprop(), {"zero": jnp.zeros(2)}
+    checked = checkify.checkify(lambda state: statistics(tx, params, params, state, params), errors=checkify.nan_checks)
+    error, _ = checked(tx.init(params))
+    error.throw()
+
+
+def test_summary_divides_no_zero_by_zero() -> None:
+    tx, params = rmsprop(1e-3, eps=0.0, centered=True), jnp.zeros(2)
+    with jax.debug_nans(True):
+        assert summary(tx, params, params, tx.init(params), params).remarks == ()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16", "float32", "complex64"])
+def test_every_dtype_works_under_strict_promotion(dtype: str) -> None:
+    params = {"w": jnp.ones((2, 2), jnp.float32).astype(dtype), "b": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("strict"):
+        found = all_functions(params, momentum=0.0, centered=False)
+    half = 0.5 if dtype == "complex64" else 1.0
+    np.testing.assert_allclose(found["w/param_rms"], np.sqrt(half), rtol=1e-6)
+
+
+def test_leaves_of_two_widths_work_under_strict_promotion(x64: None) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        all_functions({"w": jnp.ones(2, jnp.float64), "b": jnp.ones(2, jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("name", ["grads", "updates"])
+@pytest.mark.parametrize(("dtype", "kind"), [("complex64", "complex"), ("int32", "int32"), ("bool", "bool")])
+def test_wrong_kind_of_number_is_named(name: str, dtype: str, kind: str) -> None:
+    tx = rmsprop()
+    last = Update(tx, SMALL, SMALL, tx.init(SMALL), SMALL)
+    wrong = SMALL | {"b": jnp.ones((1, 2), dtype)}
+    for measure in (statistics, summary):
+        with pytest.raises(ValueError, match=f"{name} must be like params, but b is {kind} and its parameter real"):
+            measure(*last._replace(**{name: wrong}))
+    with pytest.raises(ValueError, match="opt_state must be like params, but b is complex and its parameter real"):
+        statistics(*last._replace(state=tx.init(SMALL | {"b": jnp.ones((1, 2), "complex64")})))
+
+
+def test_integers_that_are_no_parameters_are_left_out() -> None:
+    params = {"w": jnp.ones(2), "count": 3}
+    tx = rmsprop()
+    updates, state = tx.update({"w": jnp.ones(2), "count": None}, tx.init(params), params)
+    found = statistics(tx, {"w": jnp.ones(2), "count": np.zeros((), jax.dtypes.float0)}, updates, state, params)
+    assert {key.rpartition("/")[0] for key in found} == {"w", "total"}
+
+
 # --- Compiled ----------------------------------------------------------------------------------------------
 
 
@@ -726,6 +924,68 @@ for _ in range(3):
     _, expected = tx.update(whole, expected, whole)
 assert update._cache_size() == 1
 np.testing.assert_allclose(state.statistics.vector, expected.statistics.vector, rtol=1e-5)
+"""
+
+
+def test_recorder_is_carried_by_a_loop_inside_shard_map() -> None:
+    if not hasattr(jax, "shard_map") or not hasattr(jax, "typeof"):
+        pytest.skip("this JAX has no varying types")
+    in_fresh_process(SHARD_MAPPED, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+SHARD_MAPPED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from rmsprop_jax import rmsprop
+from rmsprop_jax.diagnostics import record_statistics, statistics
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+tx = record_statistics(rmsprop(), 2)
+
+def train(params):
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (params + updates, state), state.statistics
+    (_, state), history = jax.lax.scan(step, (params, tx.init(params)), None, length=3)
+    return history["total/grad_rms"][None], state.statistics.vector[None]
+
+params = jnp.arange(1.0, 17.0)
+history, last = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(params)
+np.testing.assert_allclose(history[:, 0], np.sqrt(np.mean(np.square(params.reshape(8, 2)), 1)), rtol=1e-6)
+assert last.shape[0] == 8 and np.isfinite(last).all()
+"""
+
+
+def test_explicit_mesh_with_arrays_sharded_along_the_last_axis() -> None:
+    if not hasattr(jax.sharding, "AxisType"):
+        pytest.skip("this JAX has no explicit axes")
+    in_fresh_process(EXPLICIT, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+EXPLICIT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from rmsprop_jax import rmsprop
+from rmsprop_jax.diagnostics import denominator, effective_learning_rate, record_statistics, statistics, summary
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+whole = {"w": jnp.linspace(-1, 1, 32 * 8).reshape(32, 8), "c": jnp.ones((4, 8), "complex64"), "b": jnp.ones(8)}
+specs = {"w": P(None, "x"), "c": P(None, "x"), "b": P("x")}
+getattr(jax, "set_mesh", None) and jax.set_mesh(mesh) or jax.sharding.use_mesh(mesh).__enter__()
+params = {name: jax.device_put(p, NamedSharding(mesh, specs[name])) for name, p in whole.items()}
+tx = record_statistics(rmsprop(centered=True, momentum=0.9), 2)
+state = tx.init(params)
+for _ in range(2):
+    updates, state = jax.jit(tx.update)(params, state, params)
+found = statistics(tx, params, updates, state, params)
+host = jax.device_get((updates, state))
+expected = statistics(tx, jax.device_get(params), host[0], host[1], jax.device_get(params))
+for name in expected:
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+for function in (denominator, effective_learning_rate):
+    assert function(tx, state, params)["w"].sharding.spec == specs["w"]
+summary(tx, params, updates, state, params)
 """
 
 
