@@ -858,7 +858,15 @@ def _settings(
     """What each RMSProp in ``tx`` says of the parameters it would update if it were given ``opt_state``."""
     query = SettingsQuery()
     stand_in = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
-    optax.with_extra_args_support(tx).update(stand_in, opt_state, params, rmsprop_settings=query)
+    try:
+        optax.with_extra_args_support(tx).update(stand_in, opt_state, params, rmsprop_settings=query)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # What follows the RMSProp may want arguments of its own. What has not answered is missed by name later.
+        if not query.answers:
+            raise ValueError(
+                f"tx does not fit opt_state, got {shown(str(error), 200)} from it; give the transformation that the "
+                "state belongs to, all of the chain or none of it"
+            ) from error
     found: dict[_Name, Settings] = {}
     for state, settings in query.answers:
         _check_usable(settings)
@@ -973,7 +981,7 @@ def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_N
 def _kind(x: Any) -> str:
     """The kind of numbers in ``x``, in which a parameter and what belongs to it have to agree."""
     if not _is_inexact(x):
-        return shown(x.dtype if hasattr(x, "dtype") else type(x).__name__)
+        return str(x.dtype) if hasattr(x, "dtype") else type(x).__name__
     return "complex" if jnp.iscomplexobj(x) else "real"
 
 
