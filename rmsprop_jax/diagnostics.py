@@ -869,6 +869,11 @@ def _settings(
             ) from error
     found: dict[_Name, Settings] = {}
     for state, settings in query.answers:
+        if not isinstance(state, RMSPropState):
+            raise ValueError(
+                f"tx does not fit opt_state: an RMSProp in it would get a {type(state).__name__}; give the "
+                "transformation that the state belongs to, all of the chain or none of it"
+            )
         _check_usable(settings)
         found |= {name: settings for name, average in _named(state.square_avg).items() if average is not None}
     return found
