@@ -760,7 +760,9 @@ def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
 
 def _manual_axes(x: Any) -> frozenset[str]:
     """The axes of a mesh over which ``x`` varies inside ``jax.shard_map``; none in a JAX without such types."""
-    return getattr(getattr(x, "aval", None), "vma", frozenset())
+    aval = getattr(x, "aval", None)
+    axes: frozenset[str] = getattr(getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset()))
+    return axes
 
 
 # --- Where the state is, and what its leaves are called ------------------------------------------------------
