@@ -761,7 +761,9 @@ def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
 def _manual_axes(x: Any) -> frozenset[str]:
     """The axes of a mesh over which ``x`` varies inside ``jax.shard_map``; none in a JAX without such types."""
     aval = getattr(x, "aval", None)
-    axes: frozenset[str] = getattr(getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset()))
+    axes: frozenset[str] = getattr(
+        getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset())
+    )
     return axes
 
 
