@@ -760,7 +760,11 @@ def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
 
 def _manual_axes(x: Any) -> frozenset[str]:
     """The axes of a mesh over which ``x`` varies inside ``jax.shard_map``; none in a JAX without such types."""
-    return getattr(getattr(x, "aval", None), "vma", frozenset())
+    aval = getattr(x, "aval", None)
+    axes: frozenset[str] = getattr(
+        getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset())
+    )
+    return axes
 
 
 # --- Where the state is, and what its leaves are called ------------------------------------------------------
@@ -869,6 +873,11 @@ def _settings(
             ) from error
     found: dict[_Name, Settings] = {}
     for state, settings in query.answers:
+        if not isinstance(state, RMSPropState):
+            raise ValueError(
+                f"tx does not fit opt_state: an RMSProp in it would get a {type(state).__name__}; give the "
+                "transformation that the state belongs to, all of the chain or none of it"
+            )
         _check_usable(settings)
         found |= {name: settings for name, average in _named(state.square_avg).items() if average is not None}
     return found
