@@ -238,6 +238,14 @@ def test_scalars_of_every_dtype_are_what_the_python_number_is(built: list[Any], 
             assert what_is_built(built, builder, **{name: make(number)}) == expected, (dtype, make)
 
 
+@pytest.mark.parametrize("lr", [np.array(2**40), np.array(2.0**40, np.longdouble), np.array(2**40, np.uint64)])
+def test_array_of_64_bits_or_more_is_not_cut(lr: np.ndarray) -> None:
+    """XLA takes 32 bits of an integer, and no longdouble at all."""
+    tx = rmsprop(lr, alpha=0.0)
+    update, _ = tx.update(jnp.ones(1), tx.init(jnp.zeros(1)))
+    np.testing.assert_array_equal(update, [-(2.0**40)])
+
+
 @pytest.mark.parametrize(("builder", "name"), parameters("number"))
 def test_traced_number_passes(builder: str, name: str) -> None:
     jax.eval_shape(lambda x: build(builder, **{name: x}) and x, jax.ShapeDtypeStruct((), jnp.float32))

@@ -84,6 +84,14 @@ def test_schedule_of_eps_becomes_the_schedule_of_its_square_and_of_its_root() ->
     assert dialects.translate("keras", "tensorflow", learning_rate=0.1, epsilon=eps).arguments["epsilon"] is eps
 
 
+@pytest.mark.parametrize(("source", "target", "name"), [("torch", "keras", "eps"), ("keras", "torch", "epsilon")])
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, "0.1", None])
+def test_schedule_of_eps_is_checked_before_it_is_squared(source: str, target: str, name: str, wrong: Any) -> None:
+    port = dialects.translate(source, target, **{name: lambda step: wrong})
+    with pytest.raises((TypeError, ValueError), match=rf"^the schedule of {name} must be a number ≥ 0"):
+        run(port.build())
+
+
 def test_translated_schedule_can_be_pickled() -> None:
     port = dialects.translate("torch", "keras", eps=functools.partial(constant, 0.5))
     assert pickle.loads(pickle.dumps(port)).arguments["epsilon"](0) == 0.25
