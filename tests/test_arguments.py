@@ -282,6 +282,11 @@ def test_count_is_what_python_makes_of_it_or_an_error_by_name(built: list[Any], 
         assert_refused(name, value, lambda value=value: build(builder, **{name: value}))
 
 
+def test_count_is_an_int_of_python() -> None:
+    for value in (5, np.int8(5), np.array(5, np.uint16), jnp.int8(5)):
+        assert type(arguments.check_count("n", value)) is int
+
+
 @pytest.mark.parametrize(("builder", "name"), parameters("flag"))
 def test_flag_is_true_or_false_or_an_error_by_name(built: list[Any], builder: str, name: str) -> None:
     for flag in (True, False):

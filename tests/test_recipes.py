@@ -323,6 +323,16 @@ def test_count_has_no_width(built: list[tuple[Any, Any, Any]], name: str, count:
             assert given(step) == expected(step)
 
 
+def test_product_of_counts_has_no_width(built: list[tuple[Any, Any, Any]]) -> None:
+    """100 · 100 is negative in int8."""
+    counts = {"unroll_length": 100, "batch_size": 100, "total_steps": 32_000}
+    expected = schedule(built, "torchbeast", **counts)
+    given = schedule(
+        built, "torchbeast", **{name: np.min_scalar_type(-count).type(count) for name, count in counts.items()}
+    )
+    assert [given(step) for step in range(5)] == [expected(step) for step in range(5)]
+
+
 @pytest.mark.parametrize(("name", "count"), COUNTED)
 @pytest.mark.parametrize("value", [0, -1, 2**31, 10**400, 2.5, 3.0, None, True, "3", jnp.float32(3), np.array([3])])
 def test_count_that_is_no_count_is_refused(name: str, count: str, value: Any) -> None:
