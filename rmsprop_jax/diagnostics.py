@@ -887,7 +887,8 @@ def _settings(
 def _asking(tx: optax.GradientTransformation) -> Callable[..., Any]:
     """The update of ``tx`` as one that takes keyword arguments; ``optax.MultiSteps`` does, but its type denies it."""
     takes_any = any(x.kind == x.VAR_KEYWORD for x in inspect.signature(tx.update).parameters.values())
-    return tx.update if takes_any else optax.with_extra_args_support(tx).update
+    update: Callable[..., Any] = tx.update if takes_any else optax.with_extra_args_support(tx).update
+    return update
 
 
 def _check_usable(settings: Settings) -> None:
