@@ -309,7 +309,7 @@ def test_lookahead_is_measured_by_its_fast_half() -> None:
     tx = optax.lookahead(rmsprop(0.03), sync_period=5, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(tree(0))
     updates, state = tx.update(tree(1), tx.init(params), params)
-    found = statistics(tx, tree(1), updates.fast, state, params.fast)
+    found = statistics(rmsprop(0.03), tree(1), updates.fast, state.fast_state, params.fast)
     assert found["total/update_rms"] > 0.1
 
 
