@@ -313,13 +313,13 @@ def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
     def rms(slot: str, count: Any = size) -> jax.Array:
         norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
         if not norms:
-            return jnp.zeros(())
+            return jnp.zeros((), jnp.float32)
         wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
         norm = _norm(jnp.stack([norm.astype(wide) for norm in norms]))
-        return norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)
+        return (norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)).astype(jnp.float32)
 
     def share(of: Callable[[Any], jax.Array]) -> jax.Array:
-        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros(()))
+        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros((), jnp.float32))
         return jnp.asarray(count / size)
 
     found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
@@ -743,8 +743,10 @@ def _record(
         return _varying_like(jnp.stack([found[name] for name in before.names]), arrays)
 
     arrays = jax.tree.leaves((leaves, before.vector))
-    vector = jax.lax.cond(is_due, measure, lambda: _varying_like(before.vector, arrays))
-    return RecordedStatistics(before.names, vector, jnp.where(is_due, update, before.update))
+    vector, recorded = jax.lax.cond(
+        is_due, lambda: (measure(), update), lambda: (_varying_like(before.vector, arrays), before.update)
+    )
+    return RecordedStatistics(before.names, vector, recorded)
 
 
 def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
