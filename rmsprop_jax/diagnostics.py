@@ -592,7 +592,7 @@ def _relative_step(leaf: _Leaf) -> jax.Array:
         return jnp.zeros(())
     denom = _denominator(_real(leaf.state.square_avg), leaf.eps)
     g = _real(leaf.g).astype(denom.dtype)
-    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / np.sqrt(max(1, denom.size)))  # 0/0 counts as 0
+    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / math.sqrt(max(1, denom.size)))  # 0/0 counts as 0
 
 
 def _is_stalled(state: RMSPropState, g: Any, surprise: float) -> bool:
