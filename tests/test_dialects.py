@@ -32,7 +32,7 @@ LEFT_OUT = {
     ("optax", "bias_correction_centered"),
     ("optax", "everything"),
 }
-# Relative to each entry, over the 40 steps. Measured maxima, from SSE4.2 to AVX-512: 1.7e-6 and 4.4e-15.
+# Relative to each entry, over the 40 steps. Measured maxima, from SSE4.2 to AVX2: 1.7e-6 and 4.4e-15.
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
 Arrays = dict[str, np.ndarray]  # by slot: the recorded steps along the first axis, then the entries of all parameters
 
