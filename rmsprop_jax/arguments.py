@@ -142,7 +142,7 @@ def check_float_dtype(name: str, value: Any) -> np.dtype | None:
         return None
     try:
         dtype: np.dtype = jnp.dtype(value)
-    except TypeError:
+    except (TypeError, RecursionError):  # NumPy shows what it cannot take, however deep
         raise TypeError(f"{name} must be a real floating dtype such as 'bfloat16', or None, {_got(value)}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating dtype or None, got {dtype.name}")
@@ -213,7 +213,7 @@ def _hint_at_init(value: Any) -> str:
     """What to do for someone who gave parameters to a transformation, as torch's optimizers take them."""
     try:
         leaves = [] if isinstance(value, jax.Array | np.ndarray) and not value.shape else jax.tree.leaves(value)
-    except (RecursionError, TypeError, ValueError):  # nested too deeply, or with keys that cannot be sorted
+    except Exception:  # nested too deeply, or with keys that cannot be sorted: then it is no tree of parameters
         leaves = []
     is_tree = inspect.isgenerator(value) or any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
     return "; parameters go to init and update, as in state = tx.init(params)" if is_tree else ""

@@ -1,8 +1,8 @@
 """The other frameworks' RMSProps: each one an ordering of the equations in ``transform``.
 
-Every function has the argument names, the order and the defaults of its source, takes a schedule wherever it
-takes a learning rate (read at 0 for the first update), and returns an ``optax.GradientTransformationExtraArgs``
-whose state is an :class:`rmsprop_jax.RMSPropState`. What :func:`rmsprop_jax.rmsprop` promises about precision,
+Every function has the argument names, the order and the defaults of its source. Every number but ``initial_scale`` may
+be a schedule (read at 0 for the first update). It returns an ``optax.GradientTransformationExtraArgs`` whose state is
+an :class:`rmsprop_jax.RMSPropState`. What :func:`rmsprop_jax.rmsprop` promises about precision,
 missing, zero and complex gradients, and about errors, holds for all of them. Three things tell them apart:
 
 ============================  ===========  ===============  ==========================================
@@ -65,9 +65,9 @@ from rmsprop_jax.transform import (
 @explain_arguments
 def tensorflow(
     learning_rate: ScalarOrSchedule,
-    decay: ArrayLike = 0.9,
-    momentum: ArrayLike = 0.0,
-    epsilon: ArrayLike = 1e-10,
+    decay: ScalarOrSchedule = 0.9,
+    momentum: ScalarOrSchedule = 0.0,
+    epsilon: ScalarOrSchedule = 1e-10,
     *,
     centered: bool = False,
     accumulator_dtype: DTypeLike | None = None,
@@ -80,13 +80,13 @@ def tensorflow(
         buffer ← momentum · buffer + learning_rate · g / √(v + epsilon)
         update ← −buffer
 
-    ``1 − decay`` is taken in the dtype of the state, as TensorFlow takes it in the variable's, after a Python float
-    was rounded to float32 (what comes from NumPy or JAX is not). TensorFlow's slots ``mg`` and ``momentum`` are
-    ``grad_avg`` and ``momentum_buffer``; ``rms`` is ``square_avg``, or centered ``square_avg + grad_avg²``.
+    Python floats are rounded to float32 first, and ``1 − decay`` is taken of the rounded one, as in TensorFlow; what
+    comes from NumPy or JAX is not rounded. TensorFlow's slots ``mg`` and ``momentum`` are ``grad_avg`` and
+    ``momentum_buffer``; ``rms`` is ``square_avg``, or centered ``square_avg + grad_avg²``.
     ``use_locking`` and ``name`` mean nothing here.
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule.
+      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
       decay: smoothing constant, 0 ≤ decay < 1.
       momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
       epsilon: added to v, ≥ 0, in the unit of g².
@@ -130,11 +130,11 @@ def tensorflow(
 @explain_arguments
 def keras(
     learning_rate: ScalarOrSchedule = 1e-3,
-    rho: ArrayLike = 0.9,
-    momentum: ArrayLike = 0.0,
-    epsilon: ArrayLike = 1e-7,
+    rho: ScalarOrSchedule = 0.9,
+    momentum: ScalarOrSchedule = 0.0,
+    epsilon: ScalarOrSchedule = 1e-7,
     centered: bool = False,
-    weight_decay: ArrayLike | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
     *,
     weight_decay_mask: Any = None,
     accumulator_dtype: DTypeLike | None = None,
@@ -152,7 +152,7 @@ def keras(
     gradients are Optax's (``optax.clip``, ``optax.ema``, ``optax.MultiSteps``).
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule.
+      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
       rho: smoothing constant, 0 ≤ rho < 1.
       momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
       epsilon: added to v, ≥ 0, in the unit of g².
@@ -201,10 +201,10 @@ def keras(
 @explain_arguments
 def timm(
     lr: ScalarOrSchedule = 1e-2,
-    alpha: ArrayLike = 0.9,
-    eps: ArrayLike = 1e-10,
-    weight_decay: ArrayLike = 0.0,
-    momentum: ArrayLike = 0.0,
+    alpha: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-10,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum: ScalarOrSchedule = 0.0,
     centered: bool = False,
     decoupled_decay: bool = False,
     *,
@@ -225,7 +225,7 @@ def timm(
     ``grad_avg²`` if centered). timm's ``caution`` and ``corrected_weight_decay`` are not there.
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule.
+      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
       alpha: smoothing constant, 0 ≤ alpha < 1.
       eps: added to v, ≥ 0, in the unit of g².
       weight_decay: ≥ 0, an L2 penalty or, if ``decoupled_decay``, decay per step and unit of learning rate.
@@ -282,10 +282,10 @@ def timm(
 @explain_arguments
 def stable_baselines3(
     lr: ScalarOrSchedule = 1e-2,
-    alpha: ArrayLike = 0.99,
-    eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
-    momentum: ArrayLike = 0.0,
+    alpha: ScalarOrSchedule = 0.99,
+    eps: ScalarOrSchedule = 1e-8,
+    weight_decay: ScalarOrSchedule = 0.0,
+    momentum: ScalarOrSchedule = 0.0,
     centered: bool = False,
     *,
     weight_decay_mask: Any = None,
@@ -304,7 +304,7 @@ def stable_baselines3(
     ``grad_avg²`` if centered).
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule.
+      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
       alpha: smoothing constant, 0 ≤ alpha < 1.
       eps: added to v, ≥ 0, in the unit of g².
       weight_decay: L2 penalty, ≥ 0.
@@ -357,8 +357,8 @@ def stable_baselines3(
 @explain_arguments
 def dqn(
     learning_rate: ScalarOrSchedule = 2.5e-4,
-    squared_gradient_momentum: ArrayLike = 0.95,
-    min_squared_gradient: ArrayLike = 0.01,
+    squared_gradient_momentum: ScalarOrSchedule = 0.95,
+    min_squared_gradient: ScalarOrSchedule = 0.01,
     *,
     accumulator_dtype: DTypeLike | None = None,
 ) -> GradientTransformationExtraArgs:
@@ -375,7 +375,7 @@ def dqn(
     v − m², and ``grad_avg`` m.
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule.
+      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
       squared_gradient_momentum: smoothing constant of both averages, 0 ≤ a < 1.
       min_squared_gradient: added to the variance, ≥ 0, in the unit of g².
       accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
@@ -410,9 +410,9 @@ def dqn(
 @explain_arguments
 def dreamer(
     lr: ScalarOrSchedule = 4e-5,
-    beta2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-20,
-    beta1: ArrayLike = 0.9,
+    beta2: ScalarOrSchedule = 0.999,
+    eps: ScalarOrSchedule = 1e-20,
+    beta1: ScalarOrSchedule = 0.9,
     *,
     accumulator_dtype: DTypeLike | None = None,
 ) -> GradientTransformationExtraArgs:
@@ -429,7 +429,7 @@ def dreamer(
     What DreamerV3 puts around it, adaptive gradient clipping before and a warm-up, is in ``recipes.dreamer_v3``.
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule.
+      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
       beta2: smoothing constant of the squared gradient, 0 ≤ beta2 < 1.
       eps: added to the root, ≥ 0, in the unit of the gradient.
       beta1: smoothing constant of the steps, 0 ≤ beta1 < 1.
@@ -466,12 +466,12 @@ def dreamer(
 @explain_arguments
 def optax(
     learning_rate: ScalarOrSchedule,
-    decay: ArrayLike = 0.9,
-    eps: ArrayLike = 1e-8,
+    decay: ScalarOrSchedule = 0.9,
+    eps: ScalarOrSchedule = 1e-8,
     initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: ArrayLike | None = None,
+    momentum: ScalarOrSchedule | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
@@ -490,7 +490,7 @@ def optax(
     centered; the corrected averages with ``bias_correction``).
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule.
+      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
       decay: smoothing constant, 0 ≤ decay < 1.
       eps: ≥ 0, added under the root in the unit of g², or to the root in the unit of g.
       initial_scale: what v starts from, ≥ 0.

@@ -80,7 +80,8 @@ class SettingsQuery:
     answer and returns updates and state untouched.
 
     Attributes:
-      answers: a pair of state and :class:`Settings` for each RMSProp.
+      answers: pairs of state and :class:`Settings`, at least one for each RMSProp. (Optax may call a transformation
+        more than once.)
     """
 
     def __init__(self) -> None:
@@ -444,7 +445,7 @@ def _read(name: str, number: Any, step: jax.Array) -> Any:
 
 def _only_arrays(params: optax.Params | None) -> optax.Params | None:
     """``params`` with ``None`` in place of every leaf that is no floating or complex array."""
-    return jax.tree.map(lambda p: p if _is_array(p) and _is_trainable(p) else None, params)
+    return jax.tree.map(lambda p: p if _is_array(p) and _kind(p.dtype) is not None else None, params)
 
 
 def _no_update(slots: Any, params: Any) -> Any:
@@ -532,9 +533,9 @@ def _decayed(params: optax.Params | None, mask: Any) -> optax.Params:
 
 
 def scale_by_rmsprop(
-    alpha: ArrayLike = 0.99,
-    eps: ArrayLike = 1e-8,
-    momentum: ArrayLike = 0.0,
+    alpha: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    momentum: optax.ScalarOrSchedule = 0.0,
     centered: bool = False,
     *,
     eps_in_sqrt: bool = False,
@@ -559,22 +560,27 @@ def scale_by_rmsprop(
     The update points along the gradient, as every Optax scaling does; :func:`rmsprop` adds the sign and the
     learning rate.
 
-    Every numeric argument is a Python number or a scalar array (a tracer included) and is used in float32
-    at least, never rounded to the dtype of a half-precision parameter. A transformation built with
-    other numbers finds the same compiled program, unless momentum goes from 0 to something or back. (Inside your own
-    ``jit`` a Python number is a constant; ``optax.inject_hyperparams`` makes it data.)
+    Every numeric argument but ``initial_scale`` is a number, a scalar array (a tracer included) or a schedule, a
+    function from the number of updates so far to one of the two: 0 for the first update, like torch's
+    ``scheduler.step()`` after ``optimizer.step()``. Numbers are used in float32 at least, never rounded to the dtype of
+    a half-precision parameter. A transformation built with other numbers finds the same compiled program, unless
+    momentum goes from 0 to something or back. (Inside your own ``jit`` a Python number is a constant;
+    ``optax.inject_hyperparams`` makes it data.)
 
     Args:
-      alpha: smoothing constant, 0 ≤ alpha < 1, without unit.
-      eps: added to the denominator, ≥ 0, in the unit of the gradient (of its square if ``eps_in_sqrt``).
+      alpha: smoothing constant, 0 ≤ alpha < 1, without unit. An array must be float32 at least: in bfloat16, 0.999
+        is 1.
+      eps: added to the denominator, in the unit of the gradient (of its square if ``eps_in_sqrt``): 0, or at least
+        1.18e-38, since XLA takes smaller numbers for 0 in float32.
       momentum: decay of the momentum buffer, ≥ 0. The number 0 means that there is no buffer: no memory,
-        no work. An array always has one, whatever its value, so that structure never depends on data.
+        no work. An array or a schedule always has one, whatever its value, so that structure never depends on data.
       centered: divide by the standard deviation of the gradient instead of its root mean square.
       eps_in_sqrt: add ``eps`` under the root, as TensorFlow and Keras do.
       initial_scale: what ``square_avg`` starts from, ≥ 0, in the unit of g²: 0 in torch, 1 in TensorFlow.
-      bias_correction: weigh the averages so that they do not remember what they started from: each then
-        holds v/(1 − alphaᵗ) where the plain average, started from 0, would hold v. ``initial_scale`` must then
-        be 0. The correction counts all updates, those too in which an array had no gradient.
+      bias_correction: store bias-corrected averages: each holds v/(1 − alphaᵗ) where the plain average, started
+        from 0, would hold v. ``initial_scale`` must then be 0. The correction counts all updates, including those in
+        which an array had no gradient. If alpha is a schedule, the weight of the new g² is (1 − alpha)/(1 − alphaᵗ)
+        with the current alpha.
       accumulator_dtype: a real floating dtype in which the state rests; complex parameters get the complex
         dtype that goes with it. The arithmetic runs in that dtype, or in float32 if it is narrower. ``None``
         is the dtype of the parameter, but float32 at least: in bfloat16 an average with alpha = 0.999 stops
@@ -588,7 +594,9 @@ def scale_by_rmsprop(
 
       A zero gradient gives a zero update, and derivatives through it are finite, as long as eps > 0. A
       ``None`` gradient leaves its parameter alone: unchanged state, zero update (in the dtype of the parameter, or
-      of its state if ``update`` is not given ``params``). Infinite and NaN gradients
+      of its state if ``update`` is not given ``params``). Leaves that are neither arrays nor floats (flags,
+      functions, random keys) have no slots, and their update is ``None``; so a whole Equinox model can be
+      ``params``. Infinite and NaN gradients
       reach the state and the update, as in torch; ``optax.apply_if_finite`` keeps them out. Complex arrays
       are two real ones, as in torch (``view_as_real``); note that ``jax.grad`` returns the conjugate of
       the gradient that torch returns.
@@ -597,8 +605,9 @@ def scale_by_rmsprop(
       ValueError: when built, if a number is NaN or out of range, an array is not a scalar, or
         ``accumulator_dtype`` is float64 without ``jax_enable_x64``; at ``update``, if the gradients or the
         state do not match the parameters ``init`` saw (the message names the first path that differs).
-      TypeError: when built, if an argument has the wrong type; at ``init``, if a parameter is not floating
-        or complex (the message names it); at ``update``, if a gradient is not of its parameter's kind.
+      TypeError: when built, if an argument has the wrong type; at ``init``, if a parameter is an array of integers
+        or bools (the message names it); at ``update``, if a gradient is not of its parameter's kind or a slot of the
+        state has another dtype than ``init`` gives. (A ``step`` that is an integer of another width is converted.)
 
     Example:
       >>> import jax.numpy as jnp
@@ -627,10 +636,10 @@ def scale_by_rmsprop(
 @explain_arguments
 def rmsprop(
     lr: optax.ScalarOrSchedule = 1e-2,
-    alpha: ArrayLike = 0.99,
-    eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
-    momentum: ArrayLike = 0.0,
+    alpha: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    momentum: optax.ScalarOrSchedule = 0.0,
     centered: bool = False,
     *,
     maximize: bool = False,
@@ -653,9 +662,8 @@ def rmsprop(
     missing and non-finite gradients, and for complex parameters.
 
     Args:
-      lr: learning rate, ≥ 0, in units of the parameter per step; or a schedule, a function from the number of
-        updates so far to that (0 for the first update, like torch's ``scheduler.step()`` after
-        ``optimizer.step()``). A schedule reads ``RMSPropState.step``, so the state looks the same for a
+      lr: learning rate, ≥ 0, in units of the parameter per step. As for every number here, it may be a schedule (see
+        :func:`scale_by_rmsprop`). A schedule reads ``RMSPropState.step``, so the state looks the same for a
         constant and a schedule, and a run restored from a checkpoint continues its schedule where it was.
       alpha: smoothing constant, 0 ≤ alpha < 1.
       eps: added to the root of the average, ≥ 0, in the unit of the gradient.
@@ -665,7 +673,8 @@ def rmsprop(
       centered: divide by the standard deviation of the gradient instead of its root mean square.
       maximize: climb the objective instead of descending it.
       weight_decay_mask: which parameters decay: a tree of bools like ``params`` (or a prefix of it), or a
-        function from ``params`` to one. ``None`` means all of them.
+        function from ``params`` to one. ``None`` means all of them. As in Optax, a tree that has a ``__call__``, such
+        as an Equinox module, is a tree.
       accumulator_dtype: the dtype in which the state rests; see :func:`scale_by_rmsprop`.
 
     Returns:
@@ -766,6 +775,8 @@ def _check_state(state: Any, algorithm: Algorithm) -> None:
 
 def _checked_step(step: Any) -> jax.Array:
     """The number of updates as ``init`` gives it, an int32 scalar; integers of another width are converted."""
+    if isinstance(step, jax.Array) and step.dtype == jnp.int32 and not step.shape:
+        return step
     if isinstance(step, int) and not isinstance(step, bool):
         step = np.asarray(step)
     if not hasattr(step, "dtype") or not jnp.issubdtype(step.dtype, jnp.integer):

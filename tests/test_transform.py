@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import reference
-from rmsprop_jax import RMSPropState, dialects, rmsprop, scale_by_rmsprop
+from rmsprop_jax import RMSPropState, dialects, rmsprop, scale_by_rmsprop, transform
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -174,6 +176,80 @@ def test_step_keeps_type_and_saturates() -> None:
         _, state = tx.update(jnp.zeros(1), state)
         assert (state.step.dtype, state.step.weak_type, state.step.shape) == (jnp.int32, False, ())
     assert state.step == 2**31 - 1
+
+
+# Values per update, which is as general as a schedule gets.
+SCHEDULES = {
+    "lr": (0.03, 0.01, 0.1, 0.0),
+    "alpha": (0.9, 0.5, 0.0, 0.99),
+    "eps": (1e-3, 1.0, 1e-8, 0.1),
+    "weight_decay": (0.0, 0.1, 0.3, 0.0),
+    "momentum": (0.9, 0.0, 0.5, 0.99),
+}
+
+
+@pytest.mark.parametrize("returned", [float, np.float64, jnp.float64], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("names", [*((name,) for name in SCHEDULES), tuple(SCHEDULES)], ids=" ".join)
+def test_every_number_may_be_a_schedule(x64: None, names: tuple[str, ...], centered: bool, returned: Any) -> None:
+    setting = dict(lr=0.02, alpha=0.9, eps=1e-3, weight_decay=0.1, momentum=0.5)
+    ours = setting | {name: lambda step, name=name: returned(SCHEDULES[name][int(step)]) for name in names}
+    theirs = setting | {name: lambda step, name=name: SCHEDULES[name][step] for name in names}
+    param, grads = gradients(1)[0], gradients(4, seed=1)
+    moments = run(rmsprop(**ours, centered=centered), jnp.asarray(param), grads)
+    assert_is_reference(moments, reference.rmsprop(param, grads, **theirs, centered=centered), rtol=1e-12)
+
+
+def test_schedules_of_all_numbers_are_traced_once_and_need_no_other_state() -> None:
+    names = [name for name in SCHEDULES if name != "lr"]
+    tx = rmsprop(**{name: lambda step, name=name: jnp.asarray(SCHEDULES[name])[step] for name in names})
+    state = tx.init(jnp.ones(2))
+    assert jax.tree.structure(state) == jax.tree.structure(rmsprop(momentum=0.5).init(jnp.ones(2)))
+    step = jax.jit(lambda g, state, p: tx.update(g, state, p))
+    for _ in range(4):
+        _, state = step(jnp.ones(2), state, jnp.ones(2))
+    assert step._cache_size() == 1
+
+
+DIALECTS_AND_NUMBERS = [
+    (build, name)
+    for build in (*(row.build for row in dialects.DIALECTS.values()), dialects.dqn, dialects.dreamer)
+    for name, parameter in inspect.signature(build).parameters.items()
+    if "ScalarOrSchedule" in str(parameter.annotation) or "Callable" in str(parameter.annotation)
+    if name != "weight_decay_mask"
+]
+
+
+@pytest.mark.parametrize(("build", "name"), DIALECTS_AND_NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_every_number_of_every_dialect_may_be_a_schedule(x64: None, build: Any, name: str) -> None:
+    lr = {"lr", "learning_rate"} & set(inspect.signature(build).parameters)
+    setting = dict.fromkeys(lr, 0.1) | {
+        other: 0.25 for other in ("momentum", "weight_decay") if other in inspect.signature(build).parameters
+    }
+    values = jnp.array([0.5, 0.125, 0.75])
+    scheduled = build(**setting | {name: lambda step: values[step]})
+    params = jnp.array([1.0, -2.0])
+    state = scheduled.init(params)
+    for t, g in enumerate(gradients(3, (2,))):
+        constant = build(**setting | {name: values[t]})
+        before = state
+        expected = constant.update(jnp.asarray(g), before, params)
+        updates, state = scheduled.update(jnp.asarray(g), state, params)
+        jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-14), (updates, state), expected)
+        if t == 2:  # the first update of bias-corrected averages does not depend on their constants
+            other = build(**setting | {name: values[t - 1]}).update(jnp.asarray(g), before, params)
+            assert not np.allclose(other[0], updates, rtol=1e-3)
+        params = optax.apply_updates(params, updates)
+
+
+def test_scheduled_bias_correction_weighs_with_the_current_alpha(x64: None) -> None:
+    alphas, grads = (0.9, 0.5, 0.99), gradients(3)
+    moments = run(scale_by_rmsprop(lambda step: alphas[int(step)], bias_correction=True), jnp.zeros(7), grads)
+    v = np.zeros(7)
+    for t, (alpha, g, (_, _, state)) in enumerate(zip(alphas, grads, moments, strict=True), start=1):
+        gain = (1 - alpha) / (1 - alpha**t)
+        v = (1 - gain) * v + gain * g**2
+        np.testing.assert_allclose(state.square_avg, v, rtol=1e-12)
 
 
 # --- Which slots there are -------------------------------------------------------------------------------
@@ -454,6 +530,26 @@ def test_second_derivative_equals_finite_difference(x64: None) -> None:
     np.testing.assert_allclose(jax.grad(slope)(0.01), numeric, rtol=1e-6)
 
 
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_derivative_by_a_bias_corrected_smoothing_constant(x64: None, alpha: float, steps: int, centered: bool) -> None:
+    grads = gradients(steps, (4,))
+
+    def ours(alpha: Any) -> jax.Array:
+        tx = scale_by_rmsprop(alpha, eps=1e-3, bias_correction=True, centered=centered)
+        return run(tx, jnp.zeros(4), grads)[-1][2].square_avg.sum()
+
+    def theirs(alpha: complex) -> complex:  # a complex step needs no difference, so that it works at alpha = 0
+        weights = [(1 - alpha) * alpha ** (steps - 1 - i) / (1 - alpha**steps) for i in range(steps)]
+        second = sum(w * g**2 for w, g in zip(weights, grads, strict=True))
+        mean = sum(w * g for w, g in zip(weights, grads, strict=True))
+        return (second - mean**2 if centered else second).sum()
+
+    expected = theirs(alpha + 1e-30j).imag / 1e-30
+    np.testing.assert_allclose(jax.grad(ours)(alpha), expected, rtol=1e-7, atol=1e-11)  # theirs cancels near 1
+
+
 # --- Complex, missing, empty, infinite ---------------------------------------------------------------------
 
 
@@ -635,6 +731,26 @@ def test_alpha_of_one_and_more_is_refused(alpha: float, hint: str) -> None:
         rmsprop(alpha=alpha)
 
 
+@pytest.mark.parametrize("eps", [1e-38, 1e-45, np.float64(1e-300), np.array(1e-40)], ids=repr)
+def test_eps_that_would_be_taken_for_zero_is_refused(eps: Any) -> None:
+    builds = (rmsprop, scale_by_rmsprop, dialects.optax, dialects.timm, dialects.stable_baselines3, dialects.dreamer)
+    for build in builds:
+        with pytest.raises(ValueError, match=r"^eps must be 0 or at least 1\.18e-38"):
+            build(**{"eps": eps} | ({"learning_rate": 0.1} if build is dialects.optax else {}))
+    for build, name in ((dialects.tensorflow, "epsilon"), (dialects.keras, "epsilon")):
+        with pytest.raises(ValueError, match=rf"^{name} must be 0 or at least 1\.18e-38"):
+            build(0.1, **{name: eps})
+    with pytest.raises(ValueError, match=r"^min_squared_gradient must be 0 or at least"):
+        dialects.dqn(min_squared_gradient=eps)
+
+
+@pytest.mark.parametrize("eps_in_sqrt", [False, True])
+def test_smallest_eps_keeps_zero_gradients_finite(eps_in_sqrt: bool) -> None:
+    tx = scale_by_rmsprop(eps=float(np.finfo(np.float32).tiny), eps_in_sqrt=eps_in_sqrt)
+    updates, _ = tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)))
+    assert (updates == 0).all()
+
+
 @pytest.mark.parametrize("name", ["centered", "maximize"])
 @pytest.mark.parametrize("value", [1, 0.9, None, "yes", jnp.array(True)], ids=str)
 def test_what_is_no_flag_is_refused(name: str, value: Any) -> None:
@@ -736,6 +852,242 @@ def test_state_of_another_setting_is_refused(name: str, value: Any) -> None:
     for tx, state in ((with_slot, without.init(TREE)), (without, with_slot.init(TREE))):
         with pytest.raises(ValueError, match=f"another setting of {name}"):
             tx.update(TREE, state, TREE)
+
+
+# --- A state that is not what init gives -------------------------------------------------------------------
+
+CENTERED = rmsprop(momentum=0.9, centered=True)
+SLOTS = ("square_avg", "grad_avg", "momentum_buffer")
+
+
+def with_slot(slot: str, change: Callable[[jax.Array], Any]) -> RMSPropState:
+    state = CENTERED.init(TREE)
+    slots = getattr(state, slot)
+    return state._replace(**{slot: {**slots, "b": {"c": change(slots["b"]["c"])}}})
+
+
+@pytest.mark.parametrize("params", [None, TREE], ids=["without params", "with params"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x[:1], ValueError, r"has shape \(1,\)"),
+        (lambda x: x[None], ValueError, r"has shape \(1, 3\)"),
+        (lambda x: x.astype(int), TypeError, "has dtype int32"),
+        (lambda x: x > 0, TypeError, "has dtype bool"),
+        (lambda x: x.astype(complex), TypeError, "has dtype complex64"),
+        (lambda x: x.astype(jnp.bfloat16), TypeError, "has dtype bfloat16, but init gives float32"),
+        (lambda x: x.astype(jnp.float16), TypeError, "has dtype float16, but init gives float32"),
+        (lambda x: None, ValueError, "has no slot for it"),
+        (lambda x: optax.MaskedNode(), ValueError, "has no slot for it"),
+        (lambda x: {"d": x}, ValueError, "is one array, but"),
+    ],
+    ids=[
+        *("shorter", "rank", "int", "bool", "complex", "bfloat16", "float16", "None", "masked", "deeper"),
+    ],
+)
+@pytest.mark.parametrize("slot", SLOTS)
+def test_slot_that_is_not_as_init_makes_it_is_refused_by_path(
+    slot: str, change: Any, error: Any, message: str, params: Any
+) -> None:
+    with pytest.raises(error, match=rf"state\.{slot}\['b'\]\['c'\] .*{message}|updates\['b'\]\['c'\] .*{message}"):
+        CENTERED.update(TREE, with_slot(slot, change), params)
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_slot_of_another_width_is_refused_where_the_parameter_tells_it(x64: None, slot: str) -> None:
+    params = {"w": jnp.ones(2, jnp.float32)}
+    state = CENTERED.init(params)
+    wide = state._replace(**{slot: {"w": jnp.ones(2, jnp.float64)}})
+    with pytest.raises(TypeError, match=rf"state\.{slot}\['w'\] has dtype float64, but init gives float32"):
+        CENTERED.update(params, wide, params)
+    narrow = rmsprop(momentum=0.9, centered=True, accumulator_dtype="bfloat16")
+    for known_params in (None, params):
+        with pytest.raises(TypeError, match=r"state\.square_avg\['w'\] has dtype float32, but init gives bfloat16"):
+            narrow.update(params, state, known_params)
+
+
+def test_cast_state_is_refused() -> None:
+    state = optax.tree.cast(CENTERED.init(TREE), jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"^state\.step must be an int32 scalar.*got bfloat16.*bfloat16 at 256"):
+        CENTERED.update(TREE, state, TREE)
+    with pytest.raises(TypeError, match=r"^state\.square_avg\['a'\] has dtype bfloat16, but init gives float32"):
+        CENTERED.update(TREE, state._replace(step=jnp.int32(3)), TREE)
+
+
+@pytest.mark.parametrize(
+    "step", [127, np.int64(127), np.int8(127), np.array(127), jnp.int8(127), jnp.uint32(127), jnp.int16(127)], ids=repr
+)
+def test_integer_step_of_any_width_goes_on_counting(step: Any) -> None:
+    tx = rmsprop(lr=lambda count: jnp.where(count == 127, 0.5, 0.0))
+    updates, state = tx.update(jnp.ones(1), tx.init(jnp.ones(1))._replace(step=step))
+    assert (state.step, state.step.dtype) == (128, jnp.int32)
+    np.testing.assert_allclose(updates, -5.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [2**31 - 1, 2**40, np.int64(2**40), np.uint32(2**31 + 5)], ids=repr)
+def test_step_stays_at_its_largest(step: Any) -> None:
+    tx = rmsprop()
+    assert tx.update(jnp.ones(1), tx.init(jnp.ones(1))._replace(step=step))[1].step == 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        (jnp.float32(3), TypeError),
+        (jnp.bfloat16(3), TypeError),
+        (3.0, TypeError),
+        (True, TypeError),
+        (jnp.array(True), TypeError),
+        (None, TypeError),
+        ("3", TypeError),
+        (jnp.zeros(2, int), ValueError),
+    ],
+    ids=repr,
+)
+def test_step_that_is_no_count_is_refused(step: Any, error: Any) -> None:
+    state = rmsprop().init(jnp.ones(1))._replace(step=step)
+    with pytest.raises(error, match=r"^state\.step must be an int32 scalar"):
+        rmsprop().update(jnp.ones(1), state)
+
+
+# --- What counts as trained --------------------------------------------------------------------------------
+
+UNTRAINED = {"flag": False, "count": 3, "name": "relu", "function": len, "key": jax.random.key(0)}
+
+
+def test_leaves_without_a_slot_have_no_update() -> None:
+    tx = rmsprop(weight_decay=0.1, momentum=0.9)
+    params = {"w": jnp.ones(2), "half": 0.5, **UNTRAINED}
+    state = tx.init(params)
+    slots = jax.tree.structure({"w": 0, "half": 0, **dict.fromkeys(UNTRAINED)})
+    assert [jax.tree.structure(slot) for slot in state[1:]] == [slots, jax.tree.structure(None), slots]
+    grads = {"w": jnp.ones(2), "half": None, **dict.fromkeys(UNTRAINED)}
+    updates, after = tx.update(grads, state, params)
+    assert updates["w"].shape == (2,)
+    assert {name for name, update in updates.items() if update is None} == {"half", *UNTRAINED}
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert after.square_avg["half"] == 0
+
+
+def test_slots_decide_what_is_trained_and_not_the_parameters() -> None:
+    tx = rmsprop()
+    state = tx.init({"w": jnp.ones(2), "frozen": None})
+    for frozen in (False, 1.0, jnp.ones(3), len, {"deeper": jnp.ones(1)}):
+        updates, _ = tx.update({"w": jnp.ones(2), "frozen": None}, state, {"w": jnp.ones(2), "frozen": frozen})
+        assert updates["frozen"] is None
+
+
+def test_gradient_of_a_leaf_without_a_slot_is_refused_by_path() -> None:
+    tx = rmsprop()
+    params = {"w": jnp.ones(2), "n": 3}
+    with pytest.raises(ValueError, match=r"^updates\['n'\] is a gradient, but state\.square_avg\['n'\] has no slot"):
+        tx.update({"w": jnp.ones(2), "n": jnp.ones(())}, tx.init(params), params)
+
+
+@jax.tree_util.register_pytree_node_class
+class Module(dict):
+    """A mapping with a ``__call__``, as Equinox modules have one."""
+
+    def __call__(self, params: Any) -> Any:
+        raise AssertionError("a tree is no function")
+
+    def tree_flatten(self) -> Any:
+        return tuple(self.values()), tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: Any, values: Any) -> Any:
+        return cls(zip(names, values, strict=True))
+
+
+def test_mask_that_is_a_tree_with_a_call_is_a_tree() -> None:
+    params = Module(w=jnp.ones(2), b=jnp.ones(2))
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=Module(w=True, b=False))
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert (updates["w"] != 0).all()
+    assert (updates["b"] == 0).all()
+
+
+def test_mask_may_be_a_partial_function() -> None:
+    mask = jax.tree_util.Partial(lambda name, params: {key: key == name for key in params}, "b")
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=mask)
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert [name for name, u in updates.items() if (u != 0).any()] == ["b"]
+
+
+def rewritten(function: Any) -> Any:
+    """``function`` with all functions in its closure, however deep, replaced by others that do the same."""
+
+    def content(x: Any) -> Any:
+        is_function = isinstance(x, types.FunctionType)
+        return rewritten(x) if is_function else (lambda *args, **kwargs: x(*args, **kwargs)) if callable(x) else x
+
+    cells = [types.CellType(jax.tree.map(content, cell.cell_contents)) for cell in function.__closure__ or ()]
+    clone = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    clone.__kwdefaults__ = function.__kwdefaults__
+    return clone
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rmsprop(lambda step: 0.1 / (step + 1), momentum=0.9, centered=True, weight_decay=0.1),
+        lambda: rmsprop(weight_decay=0.1, weight_decay_mask=lambda params: {"a": True, "b": False}),
+        dialects.dreamer,
+    ],
+)
+def test_transformation_survives_that_its_closures_are_rewritten(make: Callable[[], Any]) -> None:
+    tx = make()
+    init, update = rewritten(tx.init), rewritten(tx.update)
+    jax.tree.map(np.testing.assert_array_equal, init(TREE), tx.init(TREE))
+    jax.tree.map(np.testing.assert_array_equal, update(TREE, init(TREE), TREE), tx.update(TREE, tx.init(TREE), TREE))
+
+
+# --- What a transformation says of itself ------------------------------------------------------------------
+
+SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("tx", "settings"),
+    [
+        (rmsprop(SCHEDULE, eps=0.5), (SCHEDULE, 0.5, False)),
+        (scale_by_rmsprop(eps=0.25, eps_in_sqrt=True), (1.0, 0.25, True)),
+        (dialects.optax(0.3, eps=0.125), (0.3, 0.125, True)),
+        (dialects.dreamer(), (4e-5, 1e-20, False)),
+        (optax.chain(optax.clip(1.0), rmsprop(0.2)), (0.2, 1e-8, False)),
+        (optax.named_chain(("scaling", rmsprop(0.2))), (0.2, 1e-8, False)),
+        (optax.MultiSteps(rmsprop(0.2), 2).gradient_transformation(), (0.2, 1e-8, False)),
+        (optax.apply_if_finite(rmsprop(0.2), 3), (0.2, 1e-8, False)),
+        (optax.masked(rmsprop(0.2), True), (0.2, 1e-8, False)),
+    ],
+)
+def test_transformation_tells_what_it_was_built_with(tx: Any, settings: Any) -> None:
+    query = transform.SettingsQuery()
+    state = tx.init(TREE)
+    tx.update(TREE, state, TREE, rmsprop_settings=query)
+    answers = [answer for _, answer in query.answers]  # Optax may call an inner transformation twice
+    assert answers
+    assert answers == [settings] * len(answers)
+
+
+def test_injected_numbers_and_parts_tell_what_they_have_now() -> None:
+    injected = optax.inject_hyperparams(rmsprop)(lr=0.1)
+    tx = optax.partition({"a": injected, "b": dialects.keras(0.3)}, {"a": "a", "b": "b"})
+    state = tx.init(TREE)
+    state.inner_states["a"].inner_state.hyperparams["lr"] = jnp.float32(0.7)
+    query = transform.SettingsQuery()
+    updates, _ = tx.update(TREE, state, TREE, rmsprop_settings=query)
+    found = {
+        jax.tree_util.keystr(path): (float(answer.lr), answer.eps_in_sqrt)
+        for asked, answer in query.answers
+        for path, _ in jax.tree_util.tree_leaves_with_path(asked.square_avg)
+    }
+    assert found == {"['a']": (np.float32(0.7), False), "['b']['c']": (0.3, True)}
+    jax.tree.map(np.testing.assert_array_equal, updates, TREE)
 
 
 def test_weight_decay_without_params_is_refused() -> None:
