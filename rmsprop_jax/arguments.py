@@ -36,7 +36,7 @@ _EXECUTION_HINTS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def check_number(name: str, value: Any, below: float = math.inf) -> Any:
-    """Returns ``value`` as a float, or as it is if it is a scalar array.
+    """Returns ``value`` as a float, or as it is if it is a scalar array (NumPy's in float64).
 
     Raises:
       ValueError: if the number is not in [0, ``below``), or the array is not a scalar.
@@ -48,7 +48,7 @@ def check_number(name: str, value: Any, below: float = math.inf) -> Any:
         concrete = known(value)
         if concrete is not None:
             _check_range(name, concrete, concrete, below, allowed)
-        return value
+        return np.asarray(concrete) if isinstance(value, np.ndarray) else value
     if not _is_real(value):
         raise TypeError(f"{name} must be {allowed} or a scalar array, {_got(value)}{_hint_at_init(value)}")
     number = _as_float(name, value)
@@ -59,6 +59,30 @@ def check_number(name: str, value: Any, below: float = math.inf) -> Any:
 def check_number_or_schedule(name: str, value: Any, below: float = math.inf) -> Any:
     """Returns a schedule as it is, and anything else as :func:`check_number` does."""
     return value if callable(value) else check_number(name, value, below)
+
+
+def check_numbers(name: str, value: Any, at_least: float) -> np.ndarray:
+    """Returns real numbers ≥ ``at_least``, one or an array of them, in float64.
+
+    Raises:
+      ValueError: if one of them is smaller, or NaN.
+      TypeError: if ``value`` holds anything else, or is traced.
+    """
+    allowed = f"numbers ≥ {at_least:g}"
+    try:
+        numbers = np.asarray(value)
+        if numbers.dtype == object:  # Fraction, Decimal, integers of more than 64 bits
+            numbers = np.asarray([check_number(name, number) for number in numbers.flat]).reshape(numbers.shape)
+        is_real = _is_real_dtype(numbers.dtype)
+    except Exception:  # a tracer; lists of different lengths; something with no number in it
+        is_real = False
+    if not is_real:
+        raise TypeError(f"{name} must be {allowed} that are known here, {_got(value)}")
+    numbers = numbers.astype(np.float64)
+    if not (numbers >= at_least).all():
+        smaller = numbers[~(numbers >= at_least)].flat[0]
+        raise ValueError(f"{name} must be {allowed}, got {smaller:g}")
+    return numbers
 
 
 def check_smoothing(name: str, value: Any) -> Any:
@@ -100,11 +124,14 @@ def check_count(name: str, value: Any) -> int:
 
     Raises:
       ValueError: if the number is out of range.
-      TypeError: if ``value`` is no whole number; a float is none, even if its fraction is 0.
+      TypeError: if ``value`` is no whole number; a float is none, even if its fraction is 0, and a tracer neither.
     """
-    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer) and value.shape == ():
-        value = np.asarray(value)[()]
     allowed = "a whole number from 1 to 2³¹ − 1"
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be {allowed} that is known when the transformation is built, got a tracer")
+    is_array = isinstance(value, np.ndarray) or (isinstance(value, jax.Array) and _is_concrete(value))
+    if is_array and value.shape == () and _is_real_dtype(value.dtype):
+        value = np.asarray(value)[()]
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be {allowed}, {_got(value)}")
     count = int(value)
@@ -213,7 +240,7 @@ def _hint_at_init(value: Any) -> str:
     """What to do for someone who gave parameters to a transformation, as torch's optimizers take them."""
     try:
         leaves = [] if isinstance(value, jax.Array | np.ndarray) and not value.shape else jax.tree.leaves(value)
-    except Exception:  # nested too deeply, or with keys that cannot be sorted: then it is no tree of parameters
+    except Exception:  # nested too deeply (a SystemError), or with keys that cannot be sorted
         leaves = []
     is_tree = inspect.isgenerator(value) or any(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
     return "; parameters go to init and update, as in state = tx.init(params)" if is_tree else ""
@@ -235,7 +262,7 @@ def explain_arguments(function: Callable[_Parameters, _Result]) -> Callable[_Par
         for given in kwargs:
             if given not in names:
                 raise TypeError(_unknown_argument(function.__name__, given, kwargs[given], names))
-        if args and names[0] in kwargs and _hint_at_init(args[0]):
+        if args and (not names or names[0] in kwargs) and _hint_at_init(args[0]):
             raise TypeError(f"{function.__name__} takes no parameters, {_got(args[0])}{_hint_at_init(args[0])}")
         return function(*args, **kwargs)
 
@@ -250,5 +277,5 @@ def _unknown_argument(function: str, given: str, value: Any, names: tuple[str, .
         )
     synonyms = next((group for group in _SYNONYMS if given in group), ())
     meant = next((name for name in synonyms if name in names), None)
-    hint = f"did you mean {meant}={shown(value)}?" if meant else f"it takes {', '.join(names)}"
+    hint = f"did you mean {meant}={shown(value)}?" if meant else f"it takes {', '.join(names) or 'none'}"
     return f"{function} has no argument {given}; {hint}"

@@ -24,12 +24,14 @@ that starts at 1 differs from one that starts at 0 by exactly alphaᵗ; and at a
 with the learning rate inside is lr times the other, so that the order matters only when lr changes.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
@@ -39,8 +41,11 @@ from rmsprop_jax.arguments import (
     check_flag,
     check_number,
     check_number_or_schedule,
+    check_numbers,
     check_smoothing,
     explain_arguments,
+    known,
+    shown,
 )
 from rmsprop_jax.transform import (
     Equation,
@@ -624,6 +629,7 @@ class Translation(NamedTuple):
       notes: a sentence for each thing that is not exactly equal; empty if the two are the same optimizer.
       before, after: both settings in neutral terms, by name: ``lr``, ``alpha``, ``eps``, ``momentum``, ``centered``,
         ``weight_decay``, ``decoupled_decay``, ``eps_in_sqrt``, ``initial_scale``, ``lr_in_buffer``, ``buffer_sign``.
+        Numbers are floats here; arrays and schedules are what they were.
     """
 
     target: str
@@ -640,19 +646,29 @@ class Translation(NamedTuple):
         """How many times as large as the source's the target's steps will be.
 
         For gradients of root mean square ``gradient`` and mean 0, at update number ``step`` (from 1), both float and
-        broadcast against each other. Momentum, the same in both, is left out::
+        broadcast against each other. Momentum and the learning rate, the same in both, are left out::
 
             v     = alphaᵗ · initial_scale + (1 − alphaᵗ) · gradient²
-            ratio = (lr / denominator(v)) of the target / (lr / denominator(v)) of the source
+            ratio = denominator(v) of the source / denominator(v) of the target
+
+        A schedule of eps is read at ``step`` − 1, as the update reads it.
+
+        Raises:
+          ValueError: if ``gradient`` is negative, ``step`` below 1, or alpha a schedule.
+          TypeError: if one of them is no real number, or a number of the setting is a tracer.
         """
+        sizes, steps = check_numbers("gradient", gradient, at_least=0.0), check_numbers("step", step, at_least=1.0)
 
-        def scale(setting: dict[str, Any]) -> Any:
-            remembered = setting["alpha"] ** np.asarray(step, np.float64)
-            v = remembered * setting["initial_scale"] + (1 - remembered) * np.asarray(gradient, np.float64) ** 2
-            denominator = np.sqrt(v + setting["eps"]) if setting["eps_in_sqrt"] else np.sqrt(v) + setting["eps"]
-            return 1 / denominator
+        def denominator(setting: dict[str, Any]) -> np.ndarray:
+            eps = _eps_at(setting["eps"], steps)
+            alpha, start = (_known(name, setting[name]) for name in ("alpha", "initial_scale"))
+            remembered = alpha**steps
+            v = remembered * start + (1 - remembered) * sizes**2
+            return np.asarray(np.sqrt(v + eps) if setting["eps_in_sqrt"] else np.sqrt(v) + eps)
 
-        return np.asarray(scale(self.after) / scale(self.before))
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            before, after = denominator(self.before), denominator(self.after)
+            return np.where(before == after, 1.0, before / after)  # 0 / 0 and ∞ / ∞ too
 
     def convert_state(self, state: RMSPropState) -> RMSPropState:
         """The target's state for a run that has come to ``state`` in the source's dialect.
@@ -661,20 +677,23 @@ class Translation(NamedTuple):
         learning rate in it: that is exact as long as the learning rate has been constant.
 
         Raises:
-          ValueError: if the buffer changes its unit and the learning rate is a schedule or 0.
+          ValueError: if the buffer changes its unit and the learning rate is a schedule, 0 or infinite; or if ``state``
+            belongs to another setting.
+          TypeError: if ``state`` is no :class:`rmsprop_jax.RMSPropState`, or its buffer is not floating or complex.
         """
-        if state.momentum_buffer is None:
-            return state
-        factor = self.after["buffer_sign"] * self.before["buffer_sign"] * 1.0
-        if self.before["lr_in_buffer"] != self.after["lr_in_buffer"]:
-            lr = self.before["lr"]
-            if callable(lr) or (isinstance(lr, float | int) and lr == 0):
-                got = "a schedule" if callable(lr) else "0"
-                raise ValueError(f"lr must be constant and not 0 for a buffer to change its unit, got {got}")
+        _check_state(state, self.before)
+        factor: Any = self.after["buffer_sign"] * self.before["buffer_sign"] * 1.0
+        if state.momentum_buffer is not None and self.before["lr_in_buffer"] != self.after["lr_in_buffer"]:
+            lr = _unit_of_buffer(self.before["lr"])
             factor = factor / lr if self.before["lr_in_buffer"] else factor * lr
-        return state._replace(
-            momentum_buffer=jax.tree.map(lambda b: (b * factor).astype(b.dtype), state.momentum_buffer)
-        )
+
+        def convert(path: Any, buffer: Any) -> jax.Array:
+            if not jnp.issubdtype(getattr(buffer, "dtype", bool), jnp.inexact):
+                what = f"state.momentum_buffer{jax.tree_util.keystr(path)}"
+                raise TypeError(f"{what} must be a floating or complex array, got {shown(buffer)}")
+            return _scaled(jnp.asarray(buffer), factor)
+
+        return state._replace(momentum_buffer=jax.tree_util.tree_map_with_path(convert, state.momentum_buffer))
 
 
 def translate(source: str, target: str, **arguments: Any) -> Translation:
@@ -685,6 +704,8 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
     exactly alphaᵗ times the difference. Where only one has the learning rate in its momentum buffer, the two are
     the same at a constant learning rate.
 
+    A schedule is translated into a schedule, an array into an array, and inside ``jit`` a tracer into a tracer.
+
     Args:
       source: the dialect that the setting is in, a key of :data:`DIALECTS`.
       target: the dialect to say it in.
@@ -694,7 +715,8 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
       A :class:`Translation`.
 
     Raises:
-      ValueError: if a dialect is unknown, or if the target has no such weight decay.
+      ValueError: if a dialect is unknown, a number is not one that the source takes, the target has no such weight
+        decay, or float32 cannot hold the square of eps where that goes under the root.
       TypeError: if the source has no such argument or needs one that is missing.
 
     Example:
@@ -711,40 +733,160 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
       [29.7  1. ]
     """
     for name, value in (("source", source), ("target", target)):
-        if value not in DIALECTS:
-            raise ValueError(f"{name} must be one of {', '.join(DIALECTS)}, got {value!r}")
+        if not isinstance(value, str) or value not in DIALECTS:
+            raise ValueError(f"{name} must be one of {', '.join(DIALECTS)}, got {shown(value)}")
     before = _neutral(DIALECTS[source], arguments)
     words = DIALECTS[target]
     after = before | dict(words.fixed)
-    notes = []
     if after["eps_in_sqrt"] != before["eps_in_sqrt"]:
-        after["eps"] = before["eps"] ** 2 if after["eps_in_sqrt"] else before["eps"] ** 0.5
-        place = "under" if after["eps_in_sqrt"] else "outside"
-        notes.append(f"eps is {place} the root: the denominators are within a factor 1 to √2 of each other")
-    if after["initial_scale"] != before["initial_scale"]:
-        gap = abs(after["initial_scale"] - before["initial_scale"])
-        steps = 1 if before["alpha"] == 0 else math.ceil(math.log(0.01) / math.log(before["alpha"]))
-        notes.append(
-            f"the average starts from {after['initial_scale']} and not from {before['initial_scale']}: they differ by "
-            f"{'' if gap == 1 else f'{gap:g} · '}alphaᵗ, 1 % after {steps} steps; compare that with v"
-        )
-    if before["momentum"] and after["lr_in_buffer"] != before["lr_in_buffer"]:
-        not_ = "" if after["lr_in_buffer"] else "not "
-        notes.append(f"the learning rate is {not_}in the momentum buffer: the same as long as it is constant")
-    if before["weight_decay"] and (
-        "weight_decay" not in words.names or after["decoupled_decay"] != before["decoupled_decay"]
-    ):
+        after["eps"] = _moved_eps(DIALECTS[source].names["eps"], before["eps"], after["eps_in_sqrt"])
+    has_decay = "weight_decay" in words.names and after["decoupled_decay"] == before["decoupled_decay"]
+    if not has_decay and known(before["weight_decay"]) != 0:
         kind = "decoupled weight decay" if before["decoupled_decay"] else "L2 weight decay"
-        raise ValueError(f"target {target} has no {kind}, got weight_decay={before['weight_decay']}")
-    return Translation(target, {words.names[n]: after[n] for n in words.names}, tuple(notes), before, after)
+        raise ValueError(
+            f"weight_decay must be 0, since target {target} has no {kind}, got {shown(before['weight_decay'])}"
+        )
+    port = Translation(target, {words.names[n]: after[n] for n in words.names}, _notes(before, after), before, after)
+    port.build()  # the target may take fewer numbers than the source
+    return port
 
 
 def _neutral(dialect: Dialect, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(dialect.build).bind(**arguments)
-    bound.apply_defaults()
+    """All of a setting in neutral terms, with the numbers as the gate makes them."""
+    dialect.build(**arguments)  # knows its arguments, and what float32 makes of them
     for name in arguments:
         if name not in dialect.names.values():
-            raise TypeError(f"translate does not know {name}={arguments[name]!r} of {dialect.framework}")
-    dialect.build(**arguments)  # checks the values
-    setting = {name: bound.arguments[own] for name, own in dialect.names.items()} | dict(dialect.fixed)
-    return setting | {name: setting[name] or 0.0 for name in ("momentum", "weight_decay")}  # some say None for 0
+            raise TypeError(
+                f"translate does not know {name}={shown(arguments[name])} of {dialect.framework}; leave it out, and "
+                "give it to the target yourself if that has it"
+            )
+    bound = inspect.signature(dialect.build).bind(**arguments)
+    bound.apply_defaults()
+    given = {name: bound.arguments[own] for name, own in dialect.names.items()} | dict(dialect.fixed)
+    given |= {name: 0.0 for name in ("momentum", "weight_decay") if given[name] is None}
+    checked = {
+        name: _CHECKS.get(name, check_number_or_schedule)(own, given[name]) for name, own in dialect.names.items()
+    }
+    return given | checked
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("centered", "decoupled_decay", "eps_in_sqrt", "lr_in_buffer"), check_flag),
+    "alpha": check_smoothing,
+    "eps": check_eps,
+    "initial_scale": check_number,
+}
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+
+def _moved_eps(name: str, eps: Any, into_root: bool) -> Any:
+    """eps² for an eps that goes under the root, √eps for one that comes out; of a schedule the schedule of that."""
+    if callable(eps):
+        return functools.partial(_read_moved_eps, name, eps, into_root)
+    number = known(eps)
+    if into_root and number not in (None, 0.0, math.inf) and not _SMALLEST <= number * number <= _LARGEST:
+        raise ValueError(
+            f"{name} must be 0 or from 1.1e-19 to 1.8e19 where its square goes under the root, got {number:g}; float32 "
+            "takes the square of a smaller number for 0 and that of a larger one for infinite"
+        )
+    if isinstance(eps, jax.Array):
+        wide = jnp.asarray(eps, jnp.float64 if eps.dtype == jnp.float64 else jnp.float32)
+        return wide * wide if into_root else jnp.sqrt(wide)
+    return float(eps) ** (2 if into_root else 0.5)
+
+
+def _read_moved_eps(name: str, schedule: Callable[[Any], Any], into_root: bool, step: Any) -> Any:
+    return _moved_eps(name, check_eps(f"the schedule of {name}", schedule(step)), into_root)
+
+
+def _notes(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
+    """A sentence for each difference between two settings."""
+    notes = []
+    if after["eps_in_sqrt"] != before["eps_in_sqrt"]:
+        place = "under" if after["eps_in_sqrt"] else "outside"
+        notes.append(f"eps is {place} the root: the denominators are within a factor 1 to √2 of each other")
+        if after["eps_in_sqrt"] and known(before["eps"]) is None:
+            notes.append("eps is not known yet: below 1.1e-19 its square, which is under the root, is 0 in float32")
+    start, old_start = (known(setting["initial_scale"]) for setting in (after, before))
+    if after["initial_scale"] is not before["initial_scale"] and start != old_start:
+        notes.append(_note_on_start(start, old_start, before["alpha"]))
+    if not _is_zero(before["momentum"]) and after["lr_in_buffer"] != before["lr_in_buffer"]:
+        not_ = "" if after["lr_in_buffer"] else "not "
+        notes.append(f"the learning rate is {not_}in the momentum buffer: the same as long as it is constant")
+    return tuple(notes)
+
+
+def _note_on_start(start: float | None, old_start: float | None, alpha: Any) -> str:
+    remembered, duration = "the product of all alphas so far" if callable(alpha) else "alphaᵗ", ""
+    number = known(alpha)
+    if number is not None:
+        steps = 1 if number == 0 else math.ceil(math.log(0.01) / math.log(number))
+        duration = f", 1 % after {steps} steps"
+    if start is None or old_start is None:
+        return f"the average starts from another value: they differ by {remembered} times the difference{duration}"
+    gap = abs(start - old_start)
+    return (
+        f"the average starts from {start} and not from {old_start}: they differ by "
+        f"{'' if gap == 1 else f'{gap:g} · '}{remembered}{duration}; compare that with v"
+    )
+
+
+def _is_zero(number: Any) -> bool:
+    """Whether it is the number 0, for which nothing is built; an array may change."""
+    return isinstance(number, float) and number == 0
+
+
+def _known(name: str, number: Any) -> float:
+    value = known(number)
+    if callable(number):
+        raise ValueError(f"{name} must be constant for step_ratio, got a schedule: the average remembers all of it")
+    if value is None:
+        raise TypeError(f"{name} must be known for step_ratio, got a tracer; call it outside jit")
+    return value
+
+
+def _eps_at(eps: Any, steps: np.ndarray) -> Any:
+    """What eps is at each of ``steps``, which count from 1."""
+    if not callable(eps):
+        return _known("eps", eps)
+    different, places = np.unique(steps, return_inverse=True)
+    read = [eps(jnp.int32(min(step, 2**31 - 1) - 1)) for step in different]
+    values = [_known("eps", check_eps("the schedule of eps", number)) for number in read]
+    return np.asarray(values)[places].reshape(steps.shape)
+
+
+def _check_state(state: Any, setting: dict[str, Any]) -> None:
+    """Raises unless ``state`` can be that of a run with ``setting``."""
+    if not isinstance(state, RMSPropState):
+        raise TypeError(
+            f"state must be an RMSPropState, got {type(state).__name__}; take it out of the state of a chain"
+        )
+    expected = {"grad_avg": ("centered", setting["centered"]), "momentum_buffer": ("momentum", setting["momentum"])}
+    for name, (argument, value) in expected.items():
+        is_kept = value is not False and not _is_zero(value)
+        if state.square_avg is not None and (getattr(state, name) is not None) != is_kept:
+            raise ValueError(
+                f"state.{name} is {'None' if is_kept else 'not None'}, but {argument} is {shown(value)} in the setting "
+                "that was translated; translate the one that the state belongs to"
+            )
+
+
+def _unit_of_buffer(lr: Any) -> Any:
+    """The learning rate that is in a buffer, or is to go there, if it is the same in all of the buffer."""
+    number = known(lr)
+    if callable(lr) or (number is not None and not _SMALLEST <= number <= 1 / _SMALLEST):
+        got = "a schedule" if callable(lr) else f"{number:g}"
+        raise ValueError(
+            f"lr must be constant and not 0 (in float32) or infinite for a buffer to change its unit, got {got}"
+        )
+    return lr if number is None else number
+
+
+def _scaled(buffer: jax.Array, factor: Any) -> jax.Array:
+    """``factor · buffer`` in the dtype of ``buffer``, computed in float32 at least."""
+    limits = jnp.finfo(buffer.dtype)
+    factor = jnp.asarray(factor, limits.dtype if limits.bits >= 32 else jnp.float32)
+    if jnp.iscomplexobj(buffer):
+        return jax.lax.complex(factor * buffer.real, factor * buffer.imag)
+    scaled: jax.Array = (factor * buffer.astype(factor.dtype)).astype(buffer.dtype)
+    return scaled

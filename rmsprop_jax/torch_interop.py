@@ -9,7 +9,8 @@ there), for the layout ``{"state": {index: {slot: tensor}}, "param_groups": [{"p
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rmsprop_jax.arguments import check_eps, check_number, check_smoothing, shown
 from rmsprop_jax.transform import RMSPropState, rmsprop
 
 _SLOTS = ("square_avg", "grad_avg", "momentum_buffer")
@@ -25,6 +27,11 @@ _SETTINGS = {"grad_avg": "centered", "momentum_buffer": "momentum > 0"}  # what 
 # What a group has to have, and what torch's __setstate__ gives to a group of an older file that lacks it.
 _REQUIRED = ("lr", "alpha", "eps", "weight_decay")
 _DEFAULTS = {"momentum": 0.0, "centered": False}
+_CHECKS = {
+    **dict.fromkeys(("lr", "weight_decay", "momentum"), check_number),
+    "alpha": check_smoothing,
+    "eps": check_eps,
+}
 
 # What a group may hold that does not change the next update: who the parameters are, how torch executes, and what
 # learning rate schedulers write down for themselves (lr_scale and max_lr_snapshot are timm's).
@@ -114,22 +121,28 @@ def from_torch(
       >>> print(state.step, state.square_avg["kernel"].shape)
       7 (3, 1)
     """
+    _check_functions(to_params=to_params, transformation=transformation)
     groups, entries = _parts("optimizer_state_dict", optimizer_state_dict)
     keys = _keys("optimizer_state_dict", groups, entries, _names(names))
-    given = [_hyperparameters(index, group, transformation) for index, group in enumerate(groups)]
-    if lr is not None:
-        given = [numbers | {"lr": rate} for numbers, rate in zip(given, _rates(lr, len(groups)), strict=True)]
+    rates = [None] * len(groups) if lr is None else _rates(lr, len(groups))
+    given = [
+        _hyperparameters(index, group, rate, transformation)
+        for index, (group, rate) in enumerate(zip(groups, rates, strict=True))
+    ]
     parts = [transformation(**numbers) for numbers in given]
     parameters = [_parameter(name, key, index, groups[index], entries, params) for name, (key, index) in keys.items()]
     step = _common_step(parameters)
 
     def build(arrays: Mapping[str, np.ndarray]) -> optax.Params:
         try:
-            return to_params(dict(arrays))
+            tree = to_params(dict(arrays))
         except KeyError as error:
             if error.args and error.args[0] in arrays:
                 raise
-            raise ValueError(f"to_params asks for {error}, which is not one of names: {list(arrays)}") from error
+            raise ValueError(
+                f"to_params asks for {shown(error.args[0])}, which is not one of names: {shown(list(arrays), 200)}"
+            ) from error
+        return jax.tree.map(lambda leaf: leaf if _may_be_trained(leaf) else None, tree)
 
     template = build({p.name: np.zeros(p.shape, p.dtype) for p in parameters})
     owners = _owners(build, parameters)
@@ -140,21 +153,34 @@ def from_torch(
     slots = {
         slot: build({p.name: p.slots[slot] if slot in p.slots else _start(slot, p, parts[p.group]) for p in parameters})
         for slot in _SLOTS
-        if any(slot in _slots_of(group) for group in groups)
+        if any(slot in _slots_of(index, group) for index, group in enumerate(groups))
     }
     return tx, _fill(jax.eval_shape(tx.init, template), step, slots)
 
 
+def _may_be_trained(leaf: Any) -> bool:
+    """Whether a leaf is an array or a float, not a flag or a function of a module, which has no slots."""
+    is_key = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return isinstance(leaf, float | complex) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape") and not is_key)
+
+
+def _check_functions(**functions: Any) -> None:
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {shown(function)}")
+
+
 def _names(names: Sequence[str]) -> list[str]:
-    result = list(names)
-    if isinstance(names, str) or not all(isinstance(name, str) for name in result):
+    is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes)
+    result: list[Any] = list(names) if is_list else [None]
+    if not all(isinstance(name, str) for name in result):
         raise TypeError(
             "names must be a list of strings, such as [name for name, _ in model.named_parameters()], "
-            f"got {names!r:.200}"
+            f"got {shown(names)}"
         )
     if len(set(result)) < len(result):
         twice = next(name for name in result if result.count(name) > 1)
-        raise ValueError(f"names must be different from each other, got {twice!r} twice")
+        raise ValueError(f"names must be different from each other, got {shown(twice)} twice")
     return result
 
 
@@ -166,18 +192,30 @@ def _parts(argument: str, file: Any) -> tuple[list[Mapping[str, Any]], Mapping[A
     absent = [key for key in ("state", "param_groups") if key not in file]
     if absent:
         inner = [key for key, value in file.items() if isinstance(value, Mapping) and "param_groups" in value]
-        hint = f"; the one under {inner[0]!r} may be meant" if inner else ", is it the model's?"
-        raise ValueError(f"{argument} has no {' and no '.join(map(repr, absent))}, but {list(file)[:5]}{hint}")
+        hint = f"; the one under {shown(inner[0])} may be meant" if inner else ", is it the model's?"
+        raise ValueError(f"{argument} has no {' and no '.join(map(repr, absent))}, but {shown(list(file)[:5])}{hint}")
     groups, entries = file["param_groups"], file["state"]
-    if not isinstance(groups, list | tuple) or not all(isinstance(group, Mapping) for group in groups):
-        raise TypeError(f"{argument}['param_groups'] must be a list of dicts, got {groups!r:.200}")
-    if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
-        raise TypeError(f"{argument}['state'] must be a dict of dicts, got {entries!r:.200}")
+    if not isinstance(groups, list | tuple):
+        raise TypeError(f"{argument}['param_groups'] must be a list of dicts, got {shown(groups)}")
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"{argument}['state'] must be a dict of dicts, got {shown(entries)}")
+    for where, part in [
+        *((f"{argument}['param_groups'][{index}]", group) for index, group in enumerate(groups)),
+        *((f"{argument}['state'][{shown(key)}]", entry) for key, entry in entries.items()),
+    ]:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"{where} must be a dict, got {shown(part)}")
     if not groups:
         raise ValueError(f"{argument}['param_groups'] is empty")
     for index, group in enumerate(groups):
         if "params" not in group:
             raise ValueError(f"group {index} of {argument} has no 'params'")
+        keys = group["params"]
+        if not isinstance(keys, list | tuple) or not all(isinstance(key, int | str) for key in keys):
+            raise TypeError(
+                f"'params' of group {index} of {argument} must be a list of indices, got {shown(keys)}; give what "
+                "optimizer.state_dict() returns"
+            )
     if any("betas" in group for group in groups) or any("exp_avg" in entry for entry in entries.values()):
         raise ValueError(
             f"{argument} belongs to an optimizer of Adam's family ('betas' or 'exp_avg' is in it), not to RMSprop; "
@@ -195,28 +233,32 @@ def _keys(
     known = set(keys)
     if len(known) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"parameter {twice!r} is in the groups of {argument} twice")
+        raise ValueError(f"parameter {shown(twice)} is in the groups of {argument} twice")
     if len(names) != len(keys):
         raise ValueError(
             f"names has {len(names)} names, but {argument} has {len(keys)} parameters, in groups of "
-            f"{[len(group['params']) for group in groups]}; give the names of the optimizer's parameters in its order, "
-            f"got {names!r:.200}"
+            f"{shown([len(group['params']) for group in groups])}; give the names of the optimizer's parameters in its "
+            f"order, got {shown(names)}"
         )
     extra = [key for key in entries if key not in known]
     if extra:
-        raise ValueError(f"{argument}['state'] has an entry {extra[0]!r}, but no group has a parameter of that index")
-    recorded = [name for group in groups for name in group.get("param_names", ())]
+        raise ValueError(
+            f"{argument}['state'] has an entry {shown(extra[0])}, but no group has a parameter of that index"
+        )
+    recorded = [str(name) for group in groups for name in group.get("param_names") or ()]
     if recorded != names and sorted(recorded) == sorted(names):
         first = next(index for index, name in enumerate(names) if name != recorded[index])
         raise ValueError(
-            f"names must be in the optimizer's order: {argument} records {recorded[first]!r} for parameter {first}, "
-            f"names has {names[first]!r}"
+            f"names must be in the optimizer's order: {argument} records {shown(recorded[first])} for parameter "
+            f"{first}, names has {shown(names[first])}"
         )
     return dict(zip(names, found, strict=True))
 
 
-def _hyperparameters(index: int, group: Mapping[str, Any], transformation: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword arguments for ``transformation`` that a group holds."""
+def _hyperparameters(
+    index: int, group: Mapping[str, Any], rate: Any, transformation: Callable[..., Any]
+) -> dict[str, Any]:
+    """The keyword arguments for ``transformation`` that a group holds, with ``rate`` for its lr if that is not None."""
     missing = [key for key in _REQUIRED if key not in group]
     if missing:
         raise ValueError(f"group {index} has no {missing[0]!r}, which every group of RMSprop has")
@@ -226,17 +268,26 @@ def _hyperparameters(index: int, group: Mapping[str, Any], transformation: Calla
     numbers = {}
     for key, value in (_DEFAULTS | dict(group)).items():
         if key in known or (anything and key not in _IGNORED):
-            numbers[key] = _plain(f"{key!r} of group {index}", value)
+            numbers[key] = rate if key == "lr" and rate is not None else _setting(index, key, value)
         elif not (key in _IGNORED or (key in _SWITCHES and not value)):
             hint = "; is this a file of timm's RMSpropTF, for transformation=dialects.timm?"
             raise ValueError(
-                f"group {index} has {key!r} ({value!r:.50}), which is not an argument of "
-                f"{getattr(transformation, '__name__', transformation)}: {sorted(known)}"
+                f"group {index} has {shown(key)} ({shown(value)}), which is not an argument of "
+                f"{shown(getattr(transformation, '__name__', transformation))}: {', '.join(sorted(known))}"
                 + (hint if key in ("lr_in_momentum", "decoupled_decay") else "")
             )
-    if "centered" in numbers:
-        numbers["centered"] = bool(numbers["centered"])
     return numbers
+
+
+def _setting(index: int, key: str, value: Any) -> Any:
+    """A hyperparameter of a group, checked as far as it is one of torch's."""
+    what = f"{key!r} of group {index}"
+    plain = _plain(what, value)
+    if key == "centered":
+        if not isinstance(plain, bool | int) or plain not in (0, 1):
+            raise TypeError(f"{what} must be True or False, got {shown(plain)}")
+        return bool(plain)
+    return _CHECKS[key](what, plain) if key in _CHECKS else plain
 
 
 def _plain(what: str, value: Any) -> Any:
@@ -275,10 +326,10 @@ def _parameter(
             )
         return _Parameter(name, key, index, expected.shape, expected.dtype, None, {})
 
-    wanted = _slots_of(group)
+    wanted = _slots_of(index, group)
     unknown = [slot for slot in entry if slot not in ("step", *_SLOTS)]
     if unknown:
-        raise ValueError(f"the state of {name!r} has {unknown[0]!r}; RMSprop's has {', '.join(('step', *_SLOTS))}")
+        raise ValueError(f"the state of {name!r} has {shown(unknown[0])}; RMSprop's has {', '.join(('step', *_SLOTS))}")
     for slot in _SLOTS[1:]:
         if slot in entry and slot not in wanted:
             raise ValueError(f"the state of {name!r} has {slot!r}, but its group {index} is without {_SETTINGS[slot]}")
@@ -296,6 +347,8 @@ def _parameter(
             )
     if expected.shape not in (None, shape):
         raise ValueError(f"the state of {name!r} has shape {shape}, but params[{name!r}] has shape {expected.shape}")
+    if expected.is_complex not in (None, dtype.kind == "c"):
+        raise ValueError(f"the state of {name!r} is {dtype}, but params[{name!r}] is {expected.dtype}")
     if any((part < 0).any() for part in _components(slots["square_avg"])):
         raise ValueError(f"'square_avg' of {name!r} is negative somewhere; it is an average of squares")
     if "grad_avg" in slots:
@@ -305,10 +358,11 @@ def _parameter(
     return _Parameter(name, key, index, shape, dtype, _step(name, entry["step"]), slots)
 
 
-def _slots_of(group: Mapping[str, Any]) -> list[str]:
+def _slots_of(index: int, group: Mapping[str, Any]) -> list[str]:
     """The slots that torch keeps for each parameter of a group."""
-    settings = {"square_avg": True, "grad_avg": group.get("centered"), "momentum_buffer": group.get("momentum")}
-    return [slot for slot, setting in settings.items() if setting]
+    settings = {key: _setting(index, key, group.get(key, default)) for key, default in _DEFAULTS.items()}
+    is_kept = {"square_avg": True, "grad_avg": settings["centered"], "momentum_buffer": settings["momentum"] > 0}
+    return [slot for slot, kept in is_kept.items() if kept]
 
 
 class _Expected:
@@ -319,15 +373,21 @@ class _Expected:
             raise TypeError(f"params must be a dict from names to arrays or shapes, got {type(params).__name__}")
         self.shape: tuple[int, ...] | None = None
         self.dtype = np.dtype(np.float32)
+        self.is_complex: bool | None = None
         if params is not None and name in params:
             value = params[name]
             shape = value.shape if hasattr(value, "shape") else value
             try:
-                self.shape = tuple(int(size) for size in shape)
-            except TypeError:
-                raise TypeError(f"params[{name!r}] must be an array or a shape, got {value!r:.100}") from None
+                self.shape = tuple(operator.index(size) for size in shape)
+                if min(self.shape, default=0) < 0:
+                    raise ValueError("a negative size")
+                self.dtype = _dtype(value) if hasattr(value, "dtype") else self.dtype
+            except (TypeError, ValueError):
+                raise TypeError(f"params[{name!r}] must be an array or a shape, got {shown(value)}") from None
+            if not jnp.issubdtype(self.dtype, jnp.inexact):
+                raise TypeError(f"params[{name!r}] must be floating or complex, got {self.dtype}")
             if hasattr(value, "dtype"):
-                self.dtype = _dtype(value)
+                self.is_complex = self.dtype.kind == "c"
 
 
 def _dtype(array: Any) -> np.dtype:
@@ -338,12 +398,20 @@ def _dtype(array: Any) -> np.dtype:
 def _array(what: str, value: Any) -> np.ndarray:
     """A NumPy array of a tensor of any floating or complex dtype, on any device, or of an array."""
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        # NumPy has no such type, so .numpy() refuses it; in float32, where the state rests at least, it is exact.
-        value = value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
+        value = _of_tensor(what, value.detach())
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
         raise TypeError(f"{what} must be a tensor or an array, got {type(value).__name__}")
     return np.asarray(value)
+
+
+def _of_tensor(what: str, tensor: Any) -> Any:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    try:
+        # NumPy has no bfloat16 and no 8-bit floats; in float32, where the state rests at least, they are exact.
+        tensor = tensor.cpu().float() if dtype == "bfloat16" or dtype.startswith("float8") else tensor.cpu()
+        return tensor.numpy()
+    except (NotImplementedError, RuntimeError, TypeError):
+        raise TypeError(f"{what} must be a tensor whose numbers NumPy can hold, got {shown(tensor)}") from None
 
 
 def _slot(what: str, value: Any) -> np.ndarray:
@@ -352,17 +420,34 @@ def _slot(what: str, value: Any) -> np.ndarray:
         raise TypeError(f"{what} must be floating or complex, got {array.dtype}")
     if np.isnan(array).any():
         raise ValueError(f"{what} has {np.isnan(array).sum()} NaN among its {array.size} numbers")
+    with np.errstate(over="ignore"):
+        rounded = array.astype(jnp.result_type(array))
+    if (np.isinf(rounded) & ~np.isinf(array)).any():
+        raise ValueError(f"{what} has numbers that are infinite in {rounded.dtype}; switch jax_enable_x64 on")
     return array
 
 
 def _step(name: str, value: Any) -> int:
     """The step as a number: torch 1.x has an int, torch 2.x a float32 tensor."""
-    step = _plain(f"'step' of {name!r}", value)
+    what = f"'step' of {name!r}"
+    step = _plain(what, value)
     if isinstance(step, bool) or not isinstance(step, int | float):
-        raise TypeError(f"'step' of {name!r} must be a number, got {step!r:.100}")
+        raise TypeError(f"{what} must be a number, got {shown(step)}")
     if not (0 <= step < 2**31 and step == int(step)):
-        raise ValueError(f"'step' of {name!r} must be a whole number from 0 to 2³¹ − 1, got {step!r}")
+        raise ValueError(f"{what} must be a whole number from 0 to 2³¹ − 1, got {shown(step)}")
+    if hasattr(value, "dtype") and step >= _stops_at(_dtype(value)):
+        raise ValueError(
+            f"{what} is {step:.0f}, where a counter of dtype {value.dtype} stops; put the number of updates, an int, "
+            "in its place in the file"
+        )
     return int(step)
+
+
+def _stops_at(dtype: np.dtype) -> int:
+    """The number at which a counter of ``dtype`` stops, since one more is the same or does not exist."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).max)
+    return int(2 ** (jnp.finfo(dtype).nmant + 1))
 
 
 def _common_step(parameters: list[_Parameter]) -> int:
@@ -401,29 +486,42 @@ def _square_avg(variance: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
     return _componentwise(lambda v, m: v + m * m, variance, grad_avg)
 
 
+def _labels_for(number: int) -> list[float]:
+    """Different numbers in [1, 2) of which float32 keeps all 24 bits and nothing narrower does.
+
+    They are random: a cast, a sum or a mean of some gives none of the others.
+    """
+    odd = 2 * np.random.default_rng(0).choice(2**22, number, replace=False, shuffle=False) + 1
+    labels: list[float] = (1 + np.sort(odd) * 2.0**-23).tolist()
+    return labels
+
+
+def _found(array: Any) -> dict[float, int]:
+    """The different numbers in an array, and how often each is there."""
+    found, counts = np.unique(np.asarray(array).real, return_counts=True)
+    return dict(zip(found.astype(np.float64).tolist(), counts.tolist(), strict=True))
+
+
 def _owners(
     build: Callable[[Mapping[str, np.ndarray]], optax.Params], parameters: list[_Parameter]
 ) -> list[_Parameter]:
     """For each leaf of the tree a parameter of the group that it is made of.
 
-    Every parameter is sent through ``build`` filled with a label of its own. The labels are random numbers in [1, 2)
-    of which float32 keeps all 24 bits and nothing narrower does, so that a cast, a sum or a mean gives no label.
+    Every parameter is sent through ``build`` filled with a label of its own.
     """
-    odd = 2 * np.random.default_rng(0).choice(2**22, len(parameters), replace=False, shuffle=False) + 1
-    labels = dict(zip((1 + np.sort(odd) * 2.0**-23).tolist(), parameters, strict=True))
+    labels = dict(zip(_labels_for(len(parameters)), parameters, strict=True))
     tree = build({p.name: np.full(p.shape, label, np.float32) for label, p in labels.items()})
     owners: list[_Parameter] = []
     placed = dict.fromkeys(labels, 0)  # how many numbers of each parameter there are in the tree
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        found, counts = np.unique(np.asarray(leaf).real, return_counts=True)
-        values = found.astype(np.float64).tolist()
+        found = _found(leaf)
         where = f"leaf {jax.tree_util.keystr(path) or 'params'} of to_params(...)"
-        if any(value not in labels for value in values):
+        if any(value not in labels for value in found):
             raise ValueError(
                 f"{where} holds numbers that were in no parameter; to_params carries the slots as well as the weights, "
                 "so it may only rearrange: cast, scale or pad afterwards"
             )
-        sources = [labels[value] for value in values] or parameters[:1]  # an empty leaf is at home anywhere
+        sources = [labels[value] for value in found] or parameters[:1]  # an empty leaf is at home anywhere
         other = next((p for p in sources if p.group != sources[0].group), None)
         if other is not None:
             raise ValueError(
@@ -431,7 +529,7 @@ def _owners(
                 f"{other.group}; a leaf has the hyperparameters of one group"
             )
         owners.append(sources[0])
-        for value, count in zip(values, counts.tolist(), strict=True):
+        for value, count in found.items():
             placed[value] += count
     for label, parameter in labels.items():
         size = math.prod(parameter.shape)
@@ -506,7 +604,7 @@ def to_torch(
 
     ::
 
-        step            ← step, a float32 tensor for each parameter
+        step            ← step, a float32 tensor for each parameter (torch's own stops at 2²⁴)
         square_avg      ← square_avg, or square_avg + grad_avg² if centered (computed in float64)
         grad_avg        ← grad_avg           if centered
         momentum_buffer ← momentum_buffer    if momentum
@@ -534,8 +632,9 @@ def to_torch(
       but float32 at least; torch rounds them to the dtype of its parameter.
 
     Raises:
-      TypeError: if an argument has the wrong type.
-      ValueError: if ``state``, ``names``, ``from_params`` and ``like`` do not fit together; the message names what.
+      TypeError: if an argument or a part of ``state`` has the wrong type.
+      ValueError: if ``state``, ``names``, ``from_params`` and ``like`` do not fit together, or if the slots of
+        ``state`` do not fit each other or hold NaN; the message names what.
 
     Example:
       >>> import jax.numpy as jnp
@@ -552,12 +651,17 @@ def to_torch(
       >>> print(back["state"][0]["square_avg"])
       [[0. 0. 0.]]
     """
+    _check_functions(from_params=from_params, tensor=tensor)
     groups, entries = _parts("like", like)
     keys = _keys("like", groups, entries, _names(names))
-    parts = [node for node in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(node)]
-    if not parts:
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_state)
+    places = {f"state{jax.tree_util.keystr(path)}": node for path, node in nodes if _is_state(node)}
+    if not places:
         raise ValueError(f"state must be one of RMSProp, got {type(state).__name__} with no RMSPropState in it")
-    steps = {int(np.asarray(part.step)) for part in parts}
+    for place, part in places.items():
+        _check_part(place, part)
+    parts = list(places.values())
+    steps = {_counted(f"{place}.step", part.step) for place, part in places.items()}
     if len(steps) > 1:
         raise ValueError(f"the parts of state are at different steps, {sorted(steps)}; torch's groups go together")
 
@@ -570,7 +674,7 @@ def to_torch(
             key: {
                 # As an array of no dimensions, which torch.from_numpy takes, where it refuses np.float32(7).
                 "step": tensor(np.array(max(steps), np.float32)),
-                **{slot: tensor(array) for slot, array in _as_in_torch(arrays[name]).items()},
+                **{slot: tensor(array) for slot, array in _as_in_torch(name, arrays[name]).items()},
             }
             for name, (key, _) in keys.items()
         },
@@ -578,17 +682,85 @@ def to_torch(
     }
 
 
+def _check_part(place: str, part: RMSPropState) -> None:
+    """Raises unless all slots are such as ``init`` makes them: arrays of the shape and kind of the parameter."""
+    expected = _leaves(part.square_avg)
+    for slot in _SLOTS:
+        tree = getattr(part, slot)
+        leaves = expected if tree is None else _leaves(tree)
+        alone = min(leaves.keys() ^ expected.keys(), default=None)
+        if alone is not None:
+            raise ValueError(f"{place}.{slot}{alone} and {place}.square_avg{alone} must both be there")
+        for path, leaf in leaves.items():
+            if tree is not None:
+                _check_leaf(f"{place}.{slot}{path}", leaf, f"{place}.square_avg{path}", expected[path])
+
+
+def _check_leaf(where: str, leaf: Any, where_like: str, like: Any) -> None:
+    if _is_masked(leaf) or _is_masked(like):
+        if _is_masked(leaf) != _is_masked(like):
+            raise ValueError(f"{where} is {type(leaf).__name__}, but {where_like} is {type(like).__name__}")
+        return
+    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.inexact)):
+        raise TypeError(f"{where} must be a floating or complex array, got {getattr(leaf, 'dtype', shown(leaf))}")
+    if leaf.shape != like.shape or (leaf.dtype.kind == "c") != (like.dtype.kind == "c"):
+        raise ValueError(f"{where} is {leaf.dtype} {leaf.shape}, but {where_like} is {like.dtype} {like.shape}")
+    array = np.asarray(leaf)
+    if np.isnan(array).any():
+        raise ValueError(f"{where} has {np.isnan(array).sum()} NaN among its {array.size} numbers")
+    if where == where_like and any((part < 0).any() for part in _components(array)):
+        raise ValueError(f"{where} is negative somewhere; it is an average of squares")
+
+
+def _leaves(tree: optax.Params) -> dict[str, Any]:
+    """The leaves of a slot by their paths, ``optax.MaskedNode`` included."""
+    return {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_masked)
+    }
+
+
+def _counted(where: str, step: Any) -> int:
+    """The number of updates, if it is a count that has not stopped."""
+    number = np.asarray(step) if isinstance(step, int) and not isinstance(step, bool) else step
+    if not (hasattr(number, "dtype") and jnp.issubdtype(number.dtype, jnp.integer) and number.shape == ()):
+        got = f"{number.dtype} {number.shape}" if hasattr(number, "dtype") else shown(number)
+        raise TypeError(f"{where} must be an int32 scalar as init gives it, got {got}; a narrow float stops counting")
+    if not 0 <= number < _stops_at(number.dtype):
+        raise ValueError(
+            f"{where} is {number}, where a counter of dtype {number.dtype} stops or has not begun; put the number of "
+            "updates in its place, an int32"
+        )
+    return int(number)
+
+
 def _merged(trees: Sequence[optax.Params | None]) -> optax.Params | None:
     """The tree that ``optax.partition`` divided; ``optax.MaskedNode`` where no part has an array."""
     present = [tree for tree in trees if tree is not None]
     if not present:
         return None
+
+    def the_one(path: Any, *leaves: Any) -> Any:
+        arrays = [leaf for leaf in leaves if not _is_absent(leaf)]
+        if len(arrays) > 1:
+            raise ValueError(
+                f"leaf {jax.tree_util.keystr(path)} of the parameters is in {len(arrays)} RMSPropStates of state; give "
+                "to_torch the one that goes on"
+            )
+        return next(iter(arrays), leaves[0])
+
     try:
-        return jax.tree.map(lambda *xs: next((x for x in xs if not _is_masked(x)), xs[0]), *present, is_leaf=_is_masked)
-    except ValueError as error:
+        structure: Any = jax.tree.structure(present[0], is_leaf=_is_absent)
+        rows = zip(*(structure.flatten_up_to(tree) for tree in present), strict=True)
+    except ValueError:
         raise ValueError(
-            f"the parts of state must be parts of one tree, with optax.MaskedNode for each leaf elsewhere: {error}"
-        ) from error
+            "the parts of state must be parts of one tree, with optax.MaskedNode for each leaf elsewhere"
+        ) from None
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(present[0], is_leaf=_is_absent)]
+    return jax.tree.unflatten(structure, [the_one(path, *row) for path, row in zip(paths, rows, strict=True)])
+
+
+def _is_absent(leaf: Any) -> bool:
+    return leaf is None or _is_masked(leaf)
 
 
 def _named_slots(
@@ -598,34 +770,70 @@ def _named_slots(
 ) -> dict[str, dict[str, np.ndarray]]:
     """For each name its slots."""
     whole = trees["square_avg"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(whole, is_leaf=_is_masked):
+    for path, leaf in _leaves(whole).items():
         if _is_masked(leaf):
-            raise ValueError(f"leaf {jax.tree_util.keystr(path)} of the parameters is in no RMSPropState of state")
+            raise ValueError(f"leaf {path} of the parameters is in no RMSPropState of state")
+    structure: Any = jax.tree.structure(whole)
+    paths, likes = list(_leaves(whole)), jax.tree.leaves(whole)
+    sources = _sources(from_params, structure, paths, likes, names)
 
     result: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
     for slot, tree in trees.items():
         if tree is None:
             continue
-
-        def complete(like: Any, x: Any) -> Any:
-            return np.zeros_like(like) if _is_masked(x) else np.asarray(x)
-
-        def is_there(like: Any, x: Any) -> Any:
-            return np.full(np.shape(like), not _is_masked(x), np.float32)
-
-        def named(part: Callable[[Any, Any], Any], tree: optax.Params = tree) -> dict[str, np.ndarray]:
-            return _arrays_by_name(from_params(jax.tree.map(part, whole, tree)), names)
-
-        arrays = named(complete)
-        narrowest = min((jnp.finfo(x.dtype).bits for x in jax.tree.leaves(whole)), default=0)
+        leaves = structure.flatten_up_to(tree)
+        filled = [
+            np.zeros_like(like) if _is_masked(x) else np.asarray(x) for x, like in zip(leaves, likes, strict=True)
+        ]
+        arrays = _arrays_by_name(from_params(jax.tree.unflatten(structure, filled)), names)
         for name, array in arrays.items():
-            if not jnp.issubdtype(array.dtype, jnp.inexact) or jnp.finfo(array.dtype).bits < narrowest:
+            made_of = {_is_masked(leaves[i]): i for i in sources[name]}
+            if len(made_of) > 1:
+                raise ValueError(
+                    f"{name!r} is made of leaf {paths[made_of[False]]}, which has a {slot}, and of leaf "
+                    f"{paths[made_of[True]]}, which has none"
+                )
+            if any(not _holds(array.dtype, filled[i].dtype) for i in sources[name]):
                 raise ValueError(f"from_params makes {name!r} {array.dtype}; it may only rearrange, not cast")
-        present = named(is_there)
-        for name in names:
-            if present[name].any() or (present[name].size == 0 and slot == "square_avg"):
-                result[name][slot] = arrays[name]
+            if False in made_of or (array.size == 0 and slot == "square_avg"):
+                result[name][slot] = array
     return result
+
+
+def _sources(
+    from_params: Callable[[optax.Params], Mapping[str, Any]],
+    structure: Any,
+    paths: list[str],
+    likes: list[Any],
+    names: list[str],
+) -> dict[str, list[int]]:
+    """For each name the numbers of the leaves that it is made of: each is sent there filled with a label of its own."""
+    labels = {label: i for i, label in enumerate(_labels_for(len(likes)))}
+    filled = [np.full(np.shape(like), label, np.float32) for like, label in zip(likes, labels, strict=True)]
+    placed = [0] * len(likes)
+    sources: dict[str, list[int]] = {}
+    for name, array in _arrays_by_name(from_params(jax.tree.unflatten(structure, filled)), names).items():
+        if not _holds(array.dtype, np.dtype(np.float32)):
+            raise ValueError(f"from_params makes {name!r} {array.dtype}; it may only rearrange, not cast")
+        found = _found(array)
+        if any(value not in labels for value in found):
+            raise ValueError(f"from_params gives {name!r} numbers that were in no leaf; it may only rearrange")
+        sources[name] = [labels[value] for value in found]
+        for value, count in found.items():
+            placed[labels[value]] += count
+    for path, like, count in zip(paths, likes, placed, strict=True):
+        size = math.prod(np.shape(like))
+        if count < size:
+            part = f"{size - count} of {size} numbers of " if count else ""
+            raise ValueError(f"from_params leaves out {part}leaf {path}; its state would be lost")
+    return sources
+
+
+def _holds(dtype: np.dtype, other: np.dtype) -> bool:
+    """Whether ``dtype`` is floating or complex like ``other``, and no narrower."""
+    if not jnp.issubdtype(dtype, jnp.inexact) or (other.kind == "c") != (dtype.kind == "c"):
+        return False
+    return bool(jnp.finfo(dtype).bits >= jnp.finfo(other).bits)
 
 
 def _arrays_by_name(named: Any, names: list[str]) -> dict[str, np.ndarray]:
@@ -646,26 +854,31 @@ def _check_slots(
     name: str, slots: dict[str, np.ndarray], index: int, group: Mapping[str, Any], entry: Mapping[str, Any]
 ) -> None:
     """Raises unless ``slots`` are those that the parameter has in torch."""
-    wanted = _slots_of(group)
-    if slots["square_avg"].size == 0:  # nothing in it tells in which of our groups it was
-        slots |= dict.fromkeys(wanted, slots["square_avg"])
+    wanted = _slots_of(index, group)
+    square_avg = slots["square_avg"]
+    if square_avg.size == 0:  # nothing in it tells in which of our groups it was
+        slots |= dict.fromkeys(wanted, square_avg)
     for slot in _SLOTS[1:]:
         if (slot in slots) != (slot in wanted):
             raise ValueError(
                 f"the state of {name!r} has {'a' if slot in slots else 'no'} {slot}, but its group {index} of like "
                 f"{'has' if slot in wanted else 'does not have'} {_SETTINGS[slot]}"
             )
-    if "square_avg" in entry and tuple(entry["square_avg"].shape) != slots["square_avg"].shape:
-        raise ValueError(
-            f"from_params gives {name!r} the shape {slots['square_avg'].shape}, in like it has "
-            f"{tuple(entry['square_avg'].shape)}"
-        )
+    if "square_avg" in entry:
+        like = _array(f"'square_avg' of {name!r} in like", entry["square_avg"])
+        if like.shape != square_avg.shape:
+            raise ValueError(f"from_params gives {name!r} the shape {square_avg.shape}, in like it has {like.shape}")
+        if np.iscomplexobj(like) != np.iscomplexobj(square_avg):
+            raise ValueError(f"the state of {name!r} is {square_avg.dtype}, in like it is {like.dtype}")
 
 
-def _as_in_torch(slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _as_in_torch(name: str, slots: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copies, which a tensor may own, in a dtype that torch and NumPy share."""
     if "grad_avg" in slots:
-        slots = {**slots, "square_avg": _square_avg(slots["square_avg"], slots["grad_avg"])}
+        square_avg = _square_avg(slots["square_avg"], slots["grad_avg"])
+        if (np.isinf(square_avg) & ~np.isinf(slots["square_avg"]) & ~np.isinf(slots["grad_avg"])).any():
+            raise ValueError(f"square_avg + grad_avg² of {name!r}, which is torch's square_avg, is infinite in float32")
+        slots = {**slots, "square_avg": square_avg}
     return {
         slot: np.array(slots[slot], np.promote_types(slots[slot].dtype, np.float32), order="C")
         for slot in _SLOTS

@@ -475,7 +475,8 @@ def _one_minus_power(alpha: jax.Array, gain: jax.Array, t: jax.Array) -> jax.Arr
     is_small = alpha < 0.5
     log_alpha = jnp.log1p(-jnp.where(is_small, 0.5, gain))
     # An integer exponent, since 0 to the power of the float 0 has no derivative.
-    return jnp.where(is_small, 1 - jnp.where(is_small, alpha, 0.5) ** t, -jnp.expm1(t.astype(alpha.dtype) * log_alpha))
+    power = jax.lax.pow(jnp.where(is_small, alpha, 0.5), t)
+    return jnp.where(is_small, 1 - power, -jnp.expm1(t.astype(alpha.dtype) * log_alpha))
 
 
 def _new_slot(param: Any, value: ArrayLike, accumulator_dtype: np.dtype | None) -> jax.Array:
@@ -864,7 +865,7 @@ def _check_columns(
 def _expected_dtype(algorithm: Algorithm, g: Any, param: Any, square_avg: Any) -> np.dtype:
     """The dtype in which ``init`` makes a slot. Without the parameter, only its lower limit is known: float32."""
     if param is None and algorithm.accumulator_dtype is None:
-        return jnp.promote_types(square_avg.dtype, _slot_dtype(jnp.dtype(jnp.float16), None))
+        return _slot_dtype(square_avg.dtype, None)
     return _slot_dtype((g if param is None else param).dtype, algorithm.accumulator_dtype)
 
 
@@ -918,7 +919,7 @@ def _arithmetic_dtype(dtype: np.dtype) -> np.dtype:
 def _slot_dtype(param_dtype: np.dtype, accumulator_dtype: np.dtype | None) -> np.dtype:
     dtype = _arithmetic_dtype(param_dtype) if accumulator_dtype is None else accumulator_dtype
     if _kind(param_dtype) is complex:
-        return jnp.promote_types(_arithmetic_dtype(dtype), jnp.complex64)
+        dtype = jnp.dtype(jnp.complex128 if _arithmetic_dtype(dtype) == jnp.float64 else jnp.complex64)
     return dtype
 
 

@@ -642,8 +642,14 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no groups": (drop("param_groups"), ValueError, "no 'param_groups'"),
     "no state": (drop("state"), ValueError, "no 'state'"),
     "empty groups": (put("param_groups", value=[]), ValueError, "['param_groups'] is empty"),
-    "a group that is a list": (put("param_groups", 0, value=[0, 1]), TypeError, "must be a list of dicts"),
-    "an entry that is a tensor": (put("state", 0, value=NAN), TypeError, "must be a dict of dicts"),
+    "a group that is a list": (put("param_groups", 0, value=[0, 1]), TypeError, "['param_groups'][0] must be a dict"),
+    "an entry that is a tensor": (put("state", 0, value=NAN), TypeError, "['state'][0] must be a dict, got tensor"),
+    "groups that are a dict": (
+        put("param_groups", value={}),
+        TypeError,
+        "['param_groups'] must be a list of dicts, got {}",
+    ),
+    "states that are a list": (put("state", value=[]), TypeError, "['state'] must be a dict of dicts, got []"),
     "Adam": (adam, ValueError, "Adam's family ('betas' or 'exp_avg' is in it)"),
     "SGD": (sgd, ValueError, "the state of 'conv.weight' has no 'step'"),
     # Parameters
@@ -652,11 +658,38 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a parameter twice": (put("param_groups", 1, "params", value=[1, 2, 3]), ValueError, "parameter 1 is in"),
     "an entry more": (put("state", 17, value={"step": 3}), ValueError, "has an entry 17"),
     "an entry less": (drop("state", 3), ValueError, "no state for 'scale' (parameter 3)"),
+    "a number of parameters": (
+        put("param_groups", 1, "params", value=3),
+        TypeError,
+        "'params' of group 1 of optimizer_state_dict must be a list of indices, got 3",
+    ),
     "a group without parameters": (drop("param_groups", 1, "params"), ValueError, "group 1 of"),
     # Hyperparameters
     "an unknown key": (put("param_groups", 1, "nesterov", value=True), ValueError, "group 1 has 'nesterov' (True)"),
     "no lr": (drop("param_groups", 1, "lr"), ValueError, "group 1 has no 'lr'"),
-    "alpha of 99": (put("param_groups", 1, "alpha", value=99), ValueError, "alpha must be"),
+    "alpha of 99": (put("param_groups", 1, "alpha", value=99), ValueError, "'alpha' of group 1 must be"),
+    "lr in words": (put("param_groups", 1, "lr", value="0.1"), TypeError, "'lr' of group 1 must be a number ≥ 0"),
+    "a tiny eps": (put("param_groups", 0, "eps", value=1e-40), ValueError, "'eps' of group 0 must be 0 or at least"),
+    "momentum of NaN": (
+        put("param_groups", 0, "momentum", value=float("nan")),
+        ValueError,
+        "'momentum' of group 0 must",
+    ),
+    "centered in words": (
+        put("param_groups", 1, "centered", value="no"),
+        TypeError,
+        "'centered' of group 1 must be True or False, got 'no'",
+    ),
+    "half centered": (
+        put("param_groups", 1, "centered", value=0.5),
+        TypeError,
+        "'centered' of group 1 must be True or",
+    ),
+    "two flags": (
+        put("param_groups", 1, "centered", value=torch.ones(2)),
+        ValueError,
+        "'centered' of group 1 must be one",
+    ),
     "lr of two numbers": (put("param_groups", 0, "lr", value=torch.ones(2)), ValueError, "'lr' of group 0 must be one"),
     "timm's": (put("param_groups", 0, "lr_in_momentum", value=True), ValueError, "transformation=dialects.timm?"),
     "timm's caution": (put("param_groups", 1, "caution", value=True), ValueError, "group 1 has 'caution' (True)"),
@@ -691,6 +724,16 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         "'momentum_buffer' of 'conv.bias' is complex64",
     ),
     "integers": (put("state", 1, "square_avg", value=torch.ones(4, dtype=torch.int32)), TypeError, "got int32"),
+    "a sparse tensor": (
+        put("state", 1, "square_avg", value=torch.ones(4).to_sparse()),
+        TypeError,
+        "'square_avg' of 'conv.bias' must be a tensor whose numbers NumPy can hold",
+    ),
+    "numbers above float32": (
+        put("state", 1, "square_avg", value=torch.full((4,), 1e300, dtype=torch.float64)),
+        ValueError,
+        "'square_avg' of 'conv.bias' has numbers that are infinite in float32; switch jax_enable_x64 on",
+    ),
     "a list for a tensor": (put("state", 1, "square_avg", value=[1.0]), TypeError, "'square_avg' of 'conv.bias' must"),
     "NaN": (put("state", 1, "square_avg", value=NAN), ValueError, "'square_avg' of 'conv.bias' has 1 NaN among its 4"),
     "NaN in the buffer": (
@@ -717,6 +760,21 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a negative step": (put("state", 0, "step", value=-1), ValueError, "'step' of 'conv.weight' must be a whole"),
     "NaN steps": (put("state", 0, "step", value=NAN[1]), ValueError, "'step' of 'conv.weight' must be a whole"),
     "three steps": (put("state", 0, "step", value=torch.ones(3)), ValueError, "must be one number, got shape (3,)"),
+    "a counter that stopped": (
+        put("state", 0, "step", value=torch.tensor(2.0**24)),
+        ValueError,
+        "'step' of 'conv.weight' is 16777216, where a counter of dtype torch.float32 stops; put the number",
+    ),
+    "a bfloat16 counter that stopped": (
+        put("state", 0, "step", value=torch.tensor(256, dtype=torch.bfloat16)),
+        ValueError,
+        "'step' of 'conv.weight' is 256, where a counter of dtype torch.bfloat16 stops",
+    ),
+    "an int8 counter that stopped": (
+        put("state", 0, "step", value=torch.tensor(127, dtype=torch.int8)),
+        ValueError,
+        "'step' of 'conv.weight' is 127, where a counter of dtype torch.int8 stops",
+    ),
     "a step in words": (put("state", 0, "step", value="3"), TypeError, "'step' of 'conv.weight' must be a number"),
 }
 
@@ -724,8 +782,77 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_file_is_refused_by_name(case: str, good: dict[str, Any]) -> None:
     edit, error, message = MALFORMED[case]
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as raised:
         from_torch(edit(copy.deepcopy(good)), NAMES, to_params)
+    assert len(str(raised.value)) < 500
+
+
+def nested(depth: int) -> list[Any]:
+    """What ``repr`` cannot show."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Where a file may hold something that is long or deep, or no value at all.
+JUNK = {
+    "a long string": "x" * 30_000,
+    "a nested list": nested(10_000),
+    "many arrays": [torch.ones(3)] * 10_000,
+    "object": object(),
+}
+PLACES = [
+    ("state",),
+    ("param_groups",),
+    ("state", 0),
+    ("param_groups", 1),
+    *(
+        ("param_groups", 1, key)
+        for key in ("params", "lr", "alpha", "eps", "weight_decay", "momentum", "centered", "more")
+    ),
+    *(("state", 0, slot) for slot in ("step", "square_avg", "momentum_buffer", "more")),
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: ".".join(map(str, place)))
+def test_junk_anywhere_in_a_file_is_an_error_of_one_line(
+    place: tuple[Any, ...], junk: str, good: dict[str, Any]
+) -> None:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        from_torch(put(*place, value=JUNK[junk])(copy.deepcopy(good)), NAMES, to_params)
+    assert len(str(raised.value)) < 500
+    assert str(place[-1]) in str(raised.value)
+
+
+def test_counter_below_its_end_and_a_number_in_its_place_are_read(good: dict[str, Any]) -> None:
+    file = copy.deepcopy(good)
+    for step in (torch.tensor(255, dtype=torch.bfloat16), torch.tensor(2.0**24 - 1), 2**24 + 1):
+        for entry in file["state"].values():
+            entry["step"] = step
+        _, state = from_torch(file, NAMES, to_params)
+        assert int(state.inner_states["group0"].inner_state.step) == int(step)
+
+
+def test_tensors_of_eight_bits_are_read_exactly() -> None:
+    run = Run()
+    run.step(gradients(1)[0])
+    file = run.file()
+    file["state"][1]["square_avg"] = torch.tensor([0.5, 1.0, 1.5, 448.0]).to(torch.float8_e4m3fn)
+    _, state = from_torch(file, NAMES, to_params)
+    np.testing.assert_array_equal(state.square_avg["conv"]["bias"], [0.5, 1.0, 1.5, 448.0])
+
+
+def test_flags_and_functions_in_the_tree_have_no_slots() -> None:
+    """As a whole Equinox module has them, and ``init`` gives them none."""
+    run = Run()
+    run.step(gradients(1)[0])
+    others = {"flag": True, "function": np.tanh, "number": 3, "key": jax.random.key(0)}
+    _, state = from_torch(run.file(), NAMES, lambda named: {"model": to_params(named), "others": others})
+    assert state.square_avg["others"] == dict.fromkeys(others)
+    back = to_torch(state, NAMES, lambda tree: from_params(tree["model"]), like=run.file(), tensor=torch.from_numpy)
+    assert_same_file(back, run.file())
 
 
 def but(name: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -759,6 +886,28 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "the state of 'conv.bias' has shape (4,), but params['conv.bias'] has shape (5,)",
     ),
     "params of another kind": (dict(params=[(4,)]), TypeError, "params must be a dict"),
+    "half a row": (dict(params=SHAPES | {"conv.bias": (4.5,)}), TypeError, "params['conv.bias'] must be an array or a"),
+    "a negative shape": (dict(params=SHAPES | {"conv.bias": (-4,)}), TypeError, "params['conv.bias'] must be an array"),
+    "words for a shape": (
+        dict(params=SHAPES | {"conv.bias": "four"}),
+        TypeError,
+        "params['conv.bias'] must be an array",
+    ),
+    "integer parameters": (
+        dict(params={"conv.bias": np.ones(4, np.int32)}),
+        TypeError,
+        "params['conv.bias'] must be floating or complex, got int32",
+    ),
+    "complex parameters": (
+        dict(params={"conv.bias": np.ones(4, np.complex64)}),
+        ValueError,
+        "the state of 'conv.bias' is float32, but params['conv.bias'] is complex64",
+    ),
+    "a dict for to_params": (dict(to_params={}), TypeError, "to_params must be a function, got {}"),
+    "a name for a transformation": (dict(transformation="rmsprop"), TypeError, "transformation must be a function"),
+    "None for names": (dict(names=None), TypeError, "names must be a list of strings"),
+    "30,000 names": (dict(names=["x" * 30_000, *NAMES]), ValueError, "names has 6 names"),
+    "a rate in words": (dict(lr="0.1"), TypeError, "lr must be a number ≥ 0"),
     "a shape of another kind": (dict(params=SHAPES | {"scale": 1}), TypeError, "params['scale'] must be an array or"),
     "three rates": (dict(lr=[0.1, 0.1, 0.1]), ValueError, "one for each of the 2 groups, got 3"),
     "a negative rate": (dict(lr=[0.1, -0.1]), ValueError, "lr must be a number ≥ 0"),
@@ -779,8 +928,9 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_arguments_that_do_not_fit_the_file_are_refused_by_name(case: str, good: dict[str, Any]) -> None:
     arguments, error, message = MISUSED[case]
     options = dict(names=NAMES, to_params=to_params) | arguments
-    with pytest.raises(error, match="|".join(map(re.escape, message.split("|")))):
+    with pytest.raises(error, match="|".join(map(re.escape, message.split("|")))) as raised:
         from_torch(good, **options)
+    assert len(str(raised.value)) < 500
 
 
 def test_key_error_within_to_params_is_left_as_it_is(good: dict[str, Any]) -> None:
@@ -834,6 +984,43 @@ MISUSED_BACK: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "gives 'linear.weight' the shape (6, 3), in like it has (3, 6)",
     ),
+    "a sum": (
+        dict(from_params=lambda p: from_params(p) | {"scale": p["rest"][1] + p["conv"]["bias"][0]}),
+        ValueError,
+        "from_params gives 'scale' numbers that were in no leaf",
+    ),
+    "padding": (
+        dict(from_params=lambda p: from_params(p) | {"conv.bias": np.pad(p["conv"]["bias"], 1)}),
+        ValueError,
+        "from_params gives 'conv.bias' numbers that were in no leaf",
+    ),
+    "a part of a leaf lost": (
+        dict(from_params=lambda p: from_params(p) | {"conv.bias": p["conv"]["bias"][:3]}),
+        ValueError,
+        "from_params leaves out 1 of 4 numbers of leaf ['conv']['bias']",
+    ),
+    "a leaf lost": (
+        dict(from_params=lambda p: from_params(p) | {"scale": p["conv"]["bias"][0]}),
+        ValueError,
+        "from_params leaves out leaf ['rest'][1]; its state would be lost",
+    ),
+    "leaves of two groups joined": (
+        dict(from_params=lambda p: from_params(p) | {"scale": np.append(p["rest"][1], p["conv"]["bias"])}),
+        ValueError,
+        "'scale' is made of leaf ['rest'][1], which has a grad_avg, and of leaf ['conv']['bias'], which has none",
+    ),
+    "a dict for from_params": (dict(from_params={}), TypeError, "from_params must be a function, got {}"),
+    "no function for tensors": (dict(tensor=None), TypeError, "tensor must be a function, got None"),
+    "a complex like": (
+        dict(like=put("state", 1, "square_avg", value=torch.ones(4, dtype=torch.complex64))),
+        ValueError,
+        "the state of 'conv.bias' is float32, in like it is complex64",
+    ),
+    "like centered in words": (
+        dict(like=dict(centered="no")),
+        TypeError,
+        "'centered' of group 0 must be True or False, got 'no'",
+    ),
     "like is an optimizer": (dict(like=Run().optimizer), TypeError, "like must be a state dict, got RMSprop"),
     "like without momentum": (
         dict(like=dict(momentum=0)),
@@ -852,11 +1039,159 @@ MISUSED_BACK: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_arguments_that_do_not_fit_the_state_are_refused_by_name(case: str, good: dict[str, Any]) -> None:
     arguments, error, message = MISUSED_BACK[case]
     _, state = from_torch(good, NAMES, to_params)
-    options = dict(state=state, names=NAMES, from_params=from_params, like=good) | arguments
+    options = dict(state=state, names=NAMES, from_params=from_params, like=good, tensor=torch.from_numpy) | arguments
     if isinstance(arguments.get("like"), dict):
         options["like"] = regrouped(copy.deepcopy(good), **arguments["like"])
-    with pytest.raises(error, match=re.escape(message)):
-        to_torch(**options, tensor=torch.from_numpy)
+    elif callable(arguments.get("like")):
+        options["like"] = arguments["like"](copy.deepcopy(good))
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        to_torch(**options)
+    assert len(str(raised.value)) < 500
+
+
+# --- A state that no init gives ----------------------------------------------------------------------------
+
+
+def slot_with(slot: str, bias: Any) -> Callable[[Any], Any]:
+    """The state with something else in one place of a slot."""
+
+    def edit(state: Any) -> Any:
+        tree = getattr(state, slot)
+        return state._replace(**{slot: tree | {"conv": tree["conv"] | {"bias": bias}}})
+
+    return edit
+
+
+def step_as(step: Any) -> Callable[[Any], Any]:
+    return lambda state: state._replace(step=step)
+
+
+AS_INIT = "state.step must be an int32 scalar as init gives it, got "
+BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
+    **{
+        f"{slot} of another shape": (
+            slot_with(slot, jnp.ones(5)),
+            ValueError,
+            f"state.{slot}['conv']['bias'] is float32 (5,), but state.square_avg['conv']['bias'] is float32 (4,)",
+        )
+        for slot in SLOTS[1:]
+    },
+    **{
+        f"{slot} of {dtype}": (
+            slot_with(slot, jnp.ones(4, dtype)),
+            TypeError,
+            f"state.{slot}['conv']['bias'] must be a floating or complex array, got {dtype}",
+        )
+        for slot in SLOTS
+        for dtype in ("int32", "bool")
+    },
+    **{
+        f"complex {slot}": (
+            slot_with(slot, jnp.ones(4, jnp.complex64)),
+            ValueError,
+            f"state.{slot}['conv']['bias'] is complex64 (4,), but state.square_avg",
+        )
+        for slot in SLOTS[1:]
+    },
+    **{
+        f"NaN in {slot}": (
+            slot_with(slot, jnp.array([1.0, jnp.nan, 1.0, 1.0])),
+            ValueError,
+            f"state.{slot}['conv']['bias'] has 1 NaN among its 4 numbers",
+        )
+        for slot in SLOTS
+    },
+    **{
+        f"{slot} masked": (
+            slot_with(slot, optax.MaskedNode()),
+            ValueError,
+            f"state.{slot}['conv']['bias'] is MaskedNode, but state.square_avg['conv']['bias'] is",
+        )
+        for slot in SLOTS[1:]
+    },
+    **{
+        f"{slot} missing": (
+            slot_with(slot, None),
+            ValueError,
+            f"state.{slot}['conv']['bias'] and state.square_avg['conv']['bias'] must both be there",
+        )
+        for slot in SLOTS[1:]
+    },
+    "square_avg masked": (slot_with("square_avg", optax.MaskedNode()), ValueError, "state.grad_avg['conv']['bias'] is"),
+    "a list for an array": (slot_with("grad_avg", "zeros"), TypeError, "state.grad_avg['conv']['bias'] must be"),
+    "a negative average": (slot_with("square_avg", -jnp.ones(4)), ValueError, "state.square_avg['conv']['bias'] is"),
+    "a mean whose square is too large": (
+        slot_with("grad_avg", jnp.full(4, 1e30)),
+        ValueError,
+        "square_avg + grad_avg² of 'conv.bias', which is torch's square_avg, is infinite in float32",
+    ),
+    "a bfloat16 step": (step_as(jnp.bfloat16(256)), TypeError, AS_INIT + "bfloat16 ()"),
+    "a float step": (step_as(7.0), TypeError, AS_INIT + "7.0"),
+    "a NaN step": (step_as(jnp.nan), TypeError, AS_INIT + "nan"),
+    "a flag for a step": (step_as(True), TypeError, AS_INIT + "True"),
+    "two steps": (step_as(jnp.array([1, 2])), TypeError, AS_INIT + "int32 (2,)"),
+    "no step": (step_as(None), TypeError, AS_INIT + "None"),
+    "an int8 step that stopped": (step_as(jnp.int8(127)), ValueError, "state.step is 127, where a counter of dtype"),
+    "a step that stopped": (step_as(jnp.int32(2**31 - 1)), ValueError, "state.step is 2147483647, where a counter of"),
+    "a negative step": (step_as(jnp.int32(-1)), ValueError, "state.step is -1, where a counter of dtype int32"),
+}
+
+
+@pytest.fixture(scope="module")
+def everything() -> tuple[Any, dict[str, Any]]:
+    """A state with all slots, and a file for it."""
+    run = Run(dict(momentum=0.9, centered=True))
+    run.step(gradients(1)[0])
+    return from_torch(run.file(), NAMES, to_params)[1], run.file()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_state_that_init_would_not_give_is_refused_by_path(case: str, everything: tuple[Any, dict[str, Any]]) -> None:
+    state, like = everything
+    edit, error, message = BROKEN[case]
+    options = dict(names=NAMES, from_params=from_params, like=like, tensor=torch.from_numpy)
+    to_torch(state, **options)
+    with pytest.raises(error, match="^" + re.escape(message)) as raised:
+        to_torch(edit(state), **options)
+    assert len(str(raised.value)) < 500
+
+
+def test_place_of_a_part_is_named(good: dict[str, Any]) -> None:
+    _, state = from_torch(good, NAMES, to_params)
+    part = state.inner_states["group1"]
+    broken = part._replace(inner_state=part.inner_state._replace(step=jnp.float32(3)))
+    state = state._replace(inner_states=state.inner_states | {"group1": broken})
+    with pytest.raises(TypeError, match=r"^state\.inner_states\['group1'\]\.inner_state\.step must be an int32"):
+        to_torch(state, NAMES, from_params, like=good, tensor=torch.from_numpy)
+
+
+def test_two_states_of_the_same_parameters_are_refused(everything: tuple[Any, dict[str, Any]]) -> None:
+    state, like = everything
+    with pytest.raises(
+        ValueError, match=r"^leaf \['conv'\]\['bias'\] of the parameters is in 2 RMSPropStates of state"
+    ):
+        to_torch((state, state), NAMES, from_params, like=like, tensor=torch.from_numpy)
+
+
+@pytest.mark.parametrize("step", [5, np.int64(5), jnp.int16(5)])
+def test_step_of_another_width_is_carried_over(step: Any, everything: tuple[Any, dict[str, Any]]) -> None:
+    state, like = everything
+    back = to_torch(state._replace(step=step), NAMES, from_params, like=like, tensor=torch.from_numpy)
+    assert [entry["step"] for entry in back["state"].values()] == [5.0] * 5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_state_of_fewer_bits_comes_out_exactly(dtype: str) -> None:
+    tx = rmsprop(momentum=0.9, centered=True, accumulator_dtype=dtype)
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    state = state._replace(**{slot: {"w": jnp.array([0.5, 1.0, 1.5], dtype)} for slot in SLOTS})
+    settings = dict(lr=0.1, alpha=0.9, eps=1e-8, weight_decay=0.0, momentum=0.9, centered=True)
+    like = {"state": {}, "param_groups": [{"params": [0], **settings}]}
+    back = to_torch(state, ["w"], dict, like=like, tensor=torch.from_numpy)["state"][0]
+    for slot in SLOTS[1:]:
+        np.testing.assert_array_equal(back[slot], np.array([0.5, 1.0, 1.5], np.float32), strict=True)
+    np.testing.assert_array_equal(back["square_avg"], np.array([0.75, 2.0, 3.75], np.float32), strict=True)
 
 
 def test_parts_at_different_steps_are_refused(good: dict[str, Any]) -> None:

@@ -396,6 +396,30 @@ def test_one_minus_alpha_is_taken_in_double_precision() -> None:
     assert np.float32(state.square_avg[0]) == np.float32(1 - 0.99) != np.float32(1) - np.float32(0.99)
 
 
+def test_one_minus_an_alpha_of_numpy_is_taken_in_double_precision() -> None:
+    grads, given = gradients(3), (0.99, np.float64(0.99), np.array(0.99))
+    first, *others = (run(scale_by_rmsprop(alpha=alpha), jnp.zeros(7), grads)[-1] for alpha in given)
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.499, 0.501, 0.9, 0.999, 0.9999])
+def test_bias_correction_is_as_accurate_as_float32(alpha: float) -> None:
+    grads = np.asarray(gradients(12), np.float32)
+    moments = run(scale_by_rmsprop(alpha, bias_correction=True), jnp.zeros(7), grads)
+    expected = reference.rmsprop(np.zeros(7), grads, alpha=alpha, bias_correction=True)
+    for (_, _, state), want in zip(moments, expected, strict=True):
+        np.testing.assert_allclose(state.square_avg, want.square_avg, rtol=16 * EPS32)  # Optax at 0.999: 1e-5
+
+
+def test_average_of_steps_needs_no_bias_correction() -> None:
+    equations = (transform.average, transform.divide_eps_outside, transform.average_steps)
+    for momentum in (0.75, jnp.float32(0.75)):
+        tx = transform.transformation(equations, {"alpha": 0.0, "eps": 0.0, "momentum": momentum})
+        _, state = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.zeros(2)))
+        np.testing.assert_array_equal(state.momentum_buffer, [0.25, -0.25])
+
+
 def test_numpy_numbers_under_x64_promote_nothing(x64: None) -> None:
     tx = rmsprop(np.float64(0.01), np.float64(0.9), np.float64(1e-8), np.float64(0.1), np.float64(0.9))
     params = jnp.ones(3, jnp.float32)
@@ -751,6 +775,13 @@ def test_smallest_eps_keeps_zero_gradients_finite(eps_in_sqrt: bool) -> None:
     assert (updates == 0).all()
 
 
+@pytest.mark.parametrize("initial_scale", [0.5, np.array(0.5), jnp.float32(0.5)], ids=repr)
+def test_start_that_bias_correction_forgets_is_refused(initial_scale: Any) -> None:
+    with pytest.raises(ValueError, match=r"^initial_scale must be 0 with bias_correction.*got 0\.5"):
+        scale_by_rmsprop(initial_scale=initial_scale, bias_correction=True)
+    assert scale_by_rmsprop(initial_scale=initial_scale * 0, bias_correction=True).init(jnp.ones(2)).step == 0
+
+
 @pytest.mark.parametrize("name", ["centered", "maximize"])
 @pytest.mark.parametrize("value", [1, 0.9, None, "yes", jnp.array(True)], ids=str)
 def test_what_is_no_flag_is_refused(name: str, value: Any) -> None:
@@ -1016,12 +1047,29 @@ def test_mask_may_be_a_partial_function() -> None:
     assert [name for name, u in updates.items() if (u != 0).any()] == ["b"]
 
 
+@jax.tree_util.register_pytree_node_class
+class Closure:
+    """A function as a pytree, as ``equinox.internal.closure_to_pytree`` makes them."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def tree_flatten(self) -> Any:
+        return (), self.function
+
+    @classmethod
+    def tree_unflatten(cls, function: Any, _: Any) -> Any:
+        return cls(function)
+
+
 def rewritten(function: Any) -> Any:
-    """``function`` with all functions in its closure, however deep, replaced by others that do the same."""
+    """``function`` with every function in its closure replaced by a pytree that does the same."""
 
     def content(x: Any) -> Any:
-        is_function = isinstance(x, types.FunctionType)
-        return rewritten(x) if is_function else (lambda *args, **kwargs: x(*args, **kwargs)) if callable(x) else x
+        return Closure(rewritten(x)) if isinstance(x, types.FunctionType) else x
 
     cells = [types.CellType(jax.tree.map(content, cell.cell_contents)) for cell in function.__closure__ or ()]
     clone = types.FunctionType(
