@@ -3,13 +3,15 @@
 It fails on another tree structure, a missing or additional slot, another dtype, shape or kind, on NaN and infinity
 (unless the caller expects them), and if there is nothing to compare. Every tolerance is stated by the caller:
 
-- ``ulps``: units in the last place of the dtype, for rounding. State the reason and the measured maximum.
+- ``ulps``: units in the last place of the dtype, for rounding; or a number for each dtype, by name. State the reason
+  and the measured maximum.
 - ``rtol``: a fraction, for meaning.
 
 Both are relative to each expected entry, so that an expected 0 has to be 0. ``scale`` says what else the error of an
 entry is relative to, where terms cancel: a tree of sizes, or ``"array"`` for the largest expected entry of each array.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,11 +26,13 @@ class Error(NamedTuple):
 
     Attributes:
       size: how far, in ulps or as a fraction.
-      where: its path, its index and both numbers, for a message.
+      where: its index and both numbers, for a message.
+      dtype: that of the array, by name; empty for a leaf that is no array.
     """
 
     size: float
     where: str
+    dtype: str
 
 
 def assert_same(got: Any, want: Any, *, nonfinite: Nonfinite = "refused", weak_types: bool = False) -> None:
@@ -40,7 +44,7 @@ def assert_close(
     got: Any,
     want: Any,
     *,
-    ulps: float | None = None,
+    ulps: float | Mapping[str, float] | None = None,
     rtol: float | None = None,
     scale: Any = None,
     dtype: Any = None,
@@ -63,10 +67,12 @@ def assert_close(
     if (ulps is None) == (rtol is None):
         raise TypeError("give either ulps or rtol")
     assert_alike(got, want, dtype=dtype, weak_types=weak_types)
-    error = largest_error(got, want, in_ulps=ulps is not None, scale=scale, dtype=dtype, nonfinite=nonfinite)
-    allowed = ulps if rtol is None else rtol
-    unit = " ulps" if rtol is None else ""
-    assert error.size <= allowed, f"{error.where}: off by {error.size:.4g}{unit}, allowed are {allowed:.4g}"
+    for path, error in _errors(got, want, ulps is not None, scale, nonfinite).items():
+        allowed = ulps if rtol is None else rtol
+        if isinstance(allowed, Mapping):
+            allowed = allowed.get(error.dtype, 0)
+        unit = " ulps" if rtol is None else ""
+        assert error.size <= allowed, f"{path}{error.where}: off by {error.size:.4g}{unit}, allowed are {allowed:.4g}"
 
 
 def assert_alike(got: Any, want: Any, *, dtype: Any = None, weak_types: bool = False) -> None:
@@ -101,27 +107,33 @@ def largest_error(
     dtype: Any = None,
     nonfinite: Nonfinite = "refused",
 ) -> Error:
-    """Where ``got`` is furthest from ``want``; infinitely far at an entry that is not finite or not alike."""
+    """Where ``got`` is furthest from ``want``; infinitely far at an entry that is not finite."""
     assert_alike(got, want, dtype=dtype)
+    errors = _errors(got, want, in_ulps, scale, nonfinite)
+    path, error = max(errors.items(), key=lambda item: item[1].size)
+    return error._replace(where=path + error.where)
+
+
+def _errors(got: Any, want: Any, in_ulps: bool, scale: Any, nonfinite: Nonfinite) -> dict[str, Error]:
+    """The largest error of each leaf of two trees that are alike."""
     ours, theirs = _leaves(got), _leaves(want)
     sizes = theirs if scale is None or isinstance(scale, str) else _leaves(scale)
     assert sizes.keys() == theirs.keys(), "scale must be a tree like want"
-    worst = Error(0.0, "nothing differs")
+    errors = {}
     for path, b in theirs.items():
         a = ours[path]
         if not _is_array(b):
-            if not (a is b or a == b):
-                return Error(np.inf, f"{path}: {a!r} is not {b!r}")
+            errors[path] = Error(0.0 if a is b or a == b else np.inf, f": {a!r} is not {b!r}", "")
             continue
         x, y = (_components(z) for z in (a, b))
         of = np.full_like(y, np.abs(y).max(initial=0)) if scale == "array" else np.abs(_components(sizes[path]))
         of = np.broadcast_to(of, y.shape)
         unit = _ulp(of, jnp.finfo(_dtype(a)).dtype) if in_ulps and jnp.issubdtype(_dtype(a), jnp.inexact) else of
         error = _error(x, y, unit, nonfinite)
-        if error.size and error.max() > worst.size:
+        if error.size:
             index = tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape))
-            worst = Error(float(error.max()), f"{path} at {index}: {x[index]!s} is not {y[index]!s}")
-    return worst
+            errors[path] = Error(float(error[index]), f" at {index}: {x[index]!s} is not {y[index]!s}", str(_dtype(a)))
+    return errors
 
 
 def _error(x: np.ndarray, y: np.ndarray, unit: np.ndarray, nonfinite: Nonfinite) -> np.ndarray:

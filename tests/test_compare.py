@@ -59,6 +59,14 @@ def test_what_is_close_passes_within_its_tolerance_only() -> None:
         assert_same(CLOSE, WANT)
 
 
+def test_ulps_may_be_given_for_each_dtype() -> None:
+    got = CLOSE | {"b": (jnp.bfloat16(1 + 2.0**-6), None)}
+    assert_close(got, WANT, ulps={"float32": 1, "bfloat16": 2})
+    for ulps in ({"float32": 1, "bfloat16": 1}, {"float32": 1}, {"bfloat16": 2}):
+        with pytest.raises(AssertionError, match="off by"):
+            assert_close(got, WANT, ulps=ulps)
+
+
 def test_scale_says_what_errors_are_relative_to() -> None:
     got = but("a", jnp.array([1.0, -2.0, 2.0**-22]))
     assert_close(got, WANT, ulps=1, scale="array")

@@ -4,7 +4,6 @@ A promise that needs the compiler compiles one program for all transformations: 
 the first part of the path in the message. All programs do the same four steps, so that most are compared with one loop.
 """
 
-import collections
 import contextlib
 import functools
 import os
@@ -13,7 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -31,8 +30,8 @@ Transformation = optax.GradientTransformationExtraArgs
 
 
 def falling(start: float) -> Callable[[Any], Any]:
-    """A schedule that is different at every step."""
-    return lambda step: start * 0.5**step
+    """A schedule that is different at every step, and promotes no dtypes."""
+    return lambda step: start * jnp.exp2(-step.astype(jnp.float32))
 
 
 def matrices(params: Any) -> Any:
@@ -43,9 +42,9 @@ def matrices(params: Any) -> Any:
 TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "default": rmsprop,
     "momentum": lambda: rmsprop(momentum=0.9),
-    "everything": lambda: rmsprop(0.02, 0.95, 1e-6, 0.1, 0.9, True, maximize=True),
+    "everything": lambda: rmsprop(0.02, 0.95, 1e-6, 0.01, 0.9, True, maximize=True),
     "mask": lambda: rmsprop(weight_decay=0.1, weight_decay_mask=matrices),
-    "schedule": lambda: rmsprop(optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 8), centered=True),
+    "schedule": lambda: rmsprop(optax.warmup_cosine_decay_schedule(0.01, 0.1, 2, 8), centered=True),
     "schedules": lambda: rmsprop(falling(0.02), falling(0.9), falling(0.1), falling(0.1), falling(0.9), True),
     "arrays": lambda: rmsprop(*(jnp.float32(x) for x in (0.02, 0.95, 1e-6, 0.1, 0.9))),
     "scaling": lambda: scale_by_rmsprop(momentum=0.9),
@@ -67,9 +66,9 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
 CLIMBING = {"everything", "scaling", "corrected"}
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 
-# Kept are a list in a dict, a scalar, and half precision. No gradient changes its sign, and all of them lead away from
-# 0, so that nothing cancels and every entry can be compared with itself. One entry never has a gradient; a leaf has
-# none in the first update.
+# A list in a dict, a scalar, and half precision. Gradients have the signs of their parameters and keep them, so that
+# nothing cancels and every entry can be compared with itself. One entry never has a gradient; a leaf has none in the
+# first update.
 PARAMS = {
     "dense": [jnp.array([[1.0, -0.5, 0.75], [-1.5, 0.25, 2.0]]), jnp.array([-1.0, 0.5, 1.25, -2.0])],
     "scale": jnp.float32(0.5),
@@ -82,7 +81,7 @@ def gradients() -> list[Any]:
     rng = np.random.default_rng(0)
 
     def leaf(p: jax.Array) -> jax.Array:
-        return jnp.asarray(-np.sign(np.asarray(p, np.float32)) * rng.lognormal(size=p.shape), p.dtype)
+        return jnp.asarray(np.sign(np.asarray(p, np.float32)) * rng.lognormal(size=p.shape), p.dtype)
 
     trees = [jax.tree.map(leaf, PARAMS) for _ in range(STEPS)]
     trees[0]["scale"] = jnp.zeros(())
@@ -92,9 +91,31 @@ def gradients() -> list[Any]:
 
 
 GRADIENTS = gradients()
-# Programs round differently, since XLA contracts a · b + c into one operation as it sees fit, on some processors.
-# Measured maxima: MEASURED
-ULPS = 16
+# Programs round differently, since XLA contracts a · b + c into one operation as it sees fit, on some processors: the
+# state, which is float32, by as many units as an update has operations. What is rounded to bfloat16 at the end may be
+# rounded to the other side, and a state that is kept in bfloat16 remembers that. Measured maxima, over the whole file
+# and from SSE4.2 to AVX2: MEASURED.
+ULPS = {"float32": 16, "bfloat16": 1}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """Those that let XLA compile in a quarter of the time, as far as this one has them."""
+
+    def is_known(option: str, value: Any) -> bool:
+        try:
+            jax.jit(jnp.negative, compiler_options={option: value}).lower(1.0).compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    options = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+    return {option: value for option, value in options.items() if is_known(option, value)}
+
+
+def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit`` for what does not hang on the code that XLA writes."""
+    return jax.jit(function, compiler_options=compiler_options())
 
 
 @functools.cache
@@ -112,11 +133,6 @@ def naming(name: str) -> Iterator[None]:
         raise
 
 
-def step(tx: Transformation, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 def for_all(function: Callable[..., Any], *trees: dict[str, Any], names: Any = TRANSFORMATIONS) -> dict[str, Any]:
     """``function`` of every transformation and of its part of ``trees``."""
     results = {}
@@ -126,56 +142,72 @@ def for_all(function: Callable[..., Any], *trees: dict[str, Any], names: Any = T
     return results
 
 
+def updates_of_all(states: dict[str, Any], grads: Any, params: Any = PARAMS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The updates and the next states of all transformations."""
+    done = for_all(lambda tx, state: tx.update(grads, state, params), states)
+    return {name: updates for name, (updates, _) in done.items()}, {name: state for name, (_, state) in done.items()}
+
+
 @functools.cache
 def looped(name: str) -> list[tuple[Any, Any]]:
-    """What the other programs are compared with: parameters and state at the start and after each update."""
+    """What the other programs are compared with: updates and state at the start and after each update.
+
+    The parameters stay what they are: rounding them would come back as another weight decay.
+    """
     tx = built(name)
-    moments = [(PARAMS, tx.init(PARAMS))]
+    moments = [(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS))]
     for grads in GRADIENTS:
-        moments.append(step(tx, *moments[-1], grads))
+        moments.append(tx.update(grads, moments[-1][1], PARAMS))
     return moments
 
 
-def after(steps: int) -> dict[str, Any]:
-    return {name: looped(name)[steps] for name in TRANSFORMATIONS}
+def after(steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All updates and all states after so many updates."""
+    return tuple({name: looped(name)[steps][part] for name in TRANSFORMATIONS} for part in (0, 1))
 
 
-def assert_is_loop(got: Any, want: Any, start: Any = PARAMS, ulps: float = ULPS) -> None:
-    """Parameters and state of all transformations. A parameter's rounding is that of the way it has gone."""
-
-    def sizes(params: Any, state: Any) -> Any:
-        return jax.tree.map(lambda p, s: abs(np.asarray(p, float)) + abs(np.asarray(s, float)), params, start), state
-
-    assert_close(got, want, ulps=ulps, scale={name: sizes(*moment) for name, moment in want.items()}, nonfinite="equal")
+def assert_is_loop(got: Any, want: Any) -> None:
+    """Up to rounding; statistics of a parameter without gradients may be infinite."""
+    assert_close(got, want, ulps=ULPS, nonfinite="equal")
 
 
 # --- Compilation -----------------------------------------------------------------------------------------
 
 
-class Run(collections.namedtuple("Run", "last traces programs deleted")):
-    """What came of all steps of all transformations in one program, which takes over the memory of its arguments."""
+class Run(NamedTuple):
+    """What came of all updates of all transformations in one program, which takes over the memory of its arguments."""
+
+    last: Any
+    traces: int
+    programs: int
+    deleted: dict[str, list[bool]]
 
 
 @functools.cache
 def compiled() -> Run:
     traces = 0
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(moments: Any, grads: Any) -> Any:
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Any, states: Any, grads: Any) -> Any:
         nonlocal traces
         traces += 1
-        return for_all(lambda tx, moment: step(tx, *moment, grads), moments)
+        done = for_all(lambda tx, params, state: tx.update(grads, state, params), params, states)
+        moved = {name: optax.apply_updates(params[name], updates) for name, (updates, _) in done.items()}
+        return moved, done
 
-    moments = jax.tree.map(jnp.array, after(0))
-    old = moments
+    states = jax.tree.map(jnp.array, after(0)[1])
+    deleted: dict[str, list[bool]] = {name: [] for name in TRANSFORMATIONS}
     for grads in GRADIENTS:
-        moments = update(moments, grads)  # an unused donation would be a warning
-    deleted = {name: [x.is_deleted() for x in jax.tree.leaves(moment)] for name, moment in old.items()}
-    return Run(moments, traces, update._cache_size(), deleted)
+        params = {name: jax.tree.map(jnp.array, PARAMS) for name in TRANSFORMATIONS}
+        _, done = update(params, states, grads)  # an unused donation would be a warning
+        for name in TRANSFORMATIONS:
+            deleted[name] += [x.is_deleted() for x in jax.tree.leaves((params[name], states[name]))]
+        states = {name: state for name, (_, state) in done.items()}
+    return Run(done, traces, update._cache_size(), deleted)
 
 
 def test_compiled_update_is_the_one_outside_jit() -> None:
-    assert_is_loop(compiled().last, after(STEPS))
+    assert_is_loop(compiled().last, {name: looped(name)[STEPS] for name in TRANSFORMATIONS})
 
 
 def test_step_is_traced_and_compiled_once() -> None:
@@ -183,57 +215,56 @@ def test_step_is_traced_and_compiled_once() -> None:
 
 
 def test_donated_buffers_are_all_used() -> None:
-    assert {name: all(flags) for name, flags in compiled().deleted.items()} == dict.fromkeys(TRANSFORMATIONS, True)
+    assert [name for name, flags in compiled().deleted.items() if not flags or not all(flags)] == []
 
 
 @every
-def test_state_and_parameters_keep_structure_shapes_and_types(name: str) -> None:
-    before, after = looped(name)[0], looped(name)[-1]
-    assert_alike(after, before, weak_types=True)
-    assert_alike(compiled().last[name], before, weak_types=True)
+def test_updates_and_state_keep_structure_shapes_and_types(name: str) -> None:
+    state = looped(name)[0][1]
+    assert_alike(looped(name)[-1], (PARAMS, state), weak_types=True)
+    assert_alike(compiled().last[name], (PARAMS, state), weak_types=True)
 
 
 @every
 def test_update_without_jit_is_the_same(name: str) -> None:
     tx = built(name)
     with jax.disable_jit():
-        moment = PARAMS, tx.init(PARAMS)
+        state = tx.init(PARAMS)
         for grads in GRADIENTS[:2]:
-            moment = step(tx, *moment, grads)
-    assert_is_loop({name: moment}, {name: looped(name)[2]})
+            updates, state = tx.update(grads, state, PARAMS)
+    assert_is_loop((updates, state), looped(name)[2])
 
 
 @every
 def test_numpy_arrays_are_as_good_as_those_of_jax(name: str) -> None:
-    arrays = jax.tree.map(np.asarray, (GRADIENTS[1], looped(name)[1][1], looped(name)[1][0]))
-    updates, state = built(name).update(*arrays)
-    assert_same((optax.apply_updates(arrays[2], updates), state), looped(name)[2], nonfinite="equal")
+    grads, state, params = jax.tree.map(np.asarray, (GRADIENTS[1], looped(name)[1][1], PARAMS))
+    assert_same(built(name).update(grads, state, params), looped(name)[2], nonfinite="equal")
 
 
 def test_scan_is_the_loop() -> None:
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *GRADIENTS)
 
-    def body(moments: Any, grads: Any) -> Any:
-        return for_all(lambda tx, moment: step(tx, *moment, grads), moments), None
+    @quick_jit
+    def scan(states: Any, gradients: Any) -> Any:
+        states, updates = jax.lax.scan(lambda states, g: updates_of_all(states, g)[::-1], states, gradients)
+        return jax.tree.map(lambda x: x[-1], updates), states
 
-    assert_is_loop(jax.lax.scan(body, after(0), stacked)[0], after(STEPS))
+    assert_is_loop(scan(after(0)[1], stacked), after(STEPS))
 
 
 def test_vmap_over_models_is_each_model() -> None:
-    factors = jnp.array([1.0, 2.0, -1.0])
+    batch = [jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), tree) for tree in (PARAMS, *GRADIENTS[:2])]
 
-    def train(factor: Any) -> Any:
-        params, *trees = (jax.tree.map(lambda x: factor.astype(x.dtype) * x, tree) for tree in (PARAMS, *GRADIENTS))
-        moments = for_all(lambda tx: (params, tx.init(params)))
-        for grads in trees[:2]:
-            moments = for_all(lambda tx, moment, grads=grads: step(tx, *moment, grads), moments)
-        return params, moments
+    def train(params: Any, *gradients: Any) -> Any:
+        states = for_all(lambda tx: tx.init(params))
+        for grads in gradients:
+            updates, states = updates_of_all(states, grads, params)
+        return updates, states
 
-    starts, together = jax.jit(jax.vmap(train))(factors)
-    for i, factor in enumerate(factors):
-        start, expected = train(factor)
-        assert_same(jax.tree.map(lambda x, i=i: x[i], starts), start)
-        assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), expected, start)
+    together = quick_jit(jax.vmap(train))(*batch)
+    for i in range(3):
+        one = [jax.tree.map(lambda x, i=i: x[i], tree) for tree in batch]
+        assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), train(*one))
 
 
 @every
@@ -283,7 +314,7 @@ def test_eager_updates_with_other_numbers_share_one_program() -> None:
 # --- Structure and types -----------------------------------------------------------------------------------
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "schedule"])  # Optax's promotes dtypes
 def test_strict_promotion_of_dtypes_and_ranks(name: str) -> None:
     params = PARAMS | {"complex": jnp.ones(2, jnp.complex64), "half": jnp.ones(2, jnp.float16)}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
@@ -321,9 +352,8 @@ def test_tree_map_params_visits_the_slots_only(name: str) -> None:
 
 @every
 def test_unknown_keyword_arguments_are_ignored(name: str) -> None:
-    params, state = looped(name)[1]
-    updates, after = built(name).update(GRADIENTS[1], state, params, value=1.0, grad=PARAMS, whatever="x")
-    assert_same((optax.apply_updates(params, updates), after), looped(name)[2], nonfinite="equal")
+    found = built(name).update(GRADIENTS[1], looped(name)[1][1], PARAMS, value=1.0, grad=PARAMS, whatever="x")
+    assert_same(found, looped(name)[2], nonfinite="equal")
 
 
 def loss(params: Any) -> jax.Array:
@@ -332,9 +362,10 @@ def loss(params: Any) -> jax.Array:
 
 @every
 def test_loss_falls_unless_it_was_to_rise(name: str) -> None:
-    params, state = looped(name)[0]
+    tx, params, state = built(name), PARAMS, looped(name)[0][1]
     for _ in range(STEPS):
-        params, state = step(built(name), params, state, jax.grad(loss)(params))
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
     before, after = float(loss(PARAMS)), float(loss(params))
     assert (after > before) if name in CLIMBING else (after < before)
 
@@ -349,10 +380,10 @@ def test_nothing_computes_a_nan_that_it_throws_away(name: str, jit: bool) -> Non
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     with jax.debug_nans(True), contextlib.nullcontext() if jit else jax.disable_jit():
         tx = TRANSFORMATIONS[name]()
-        moment = PARAMS, tx.init(PARAMS)
+        state = tx.init(PARAMS)
         for grads in (zero, GRADIENTS[1], zero) if jit else (zero, GRADIENTS[1], zero | {"gain": None}):
-            moment = step(tx, *moment, grads)
-    assert all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves(moment))
+            updates, state = tx.update(grads, state, PARAMS)
+            assert all(np.isfinite(np.asarray(leaf, float)).all() for leaf in jax.tree.leaves((updates, state)))
 
 
 def test_checks_of_every_operation_find_no_nan() -> None:
@@ -360,9 +391,9 @@ def test_checks_of_every_operation_find_no_nan() -> None:
     params = {"w": jnp.array([[0.0, 1.0]])}
 
     def update(grads: Any) -> Any:
-        return for_all(lambda tx: step(tx, params, tx.init(params), grads), names=names)
+        return for_all(lambda tx: tx.update(grads, tx.init(params), params), names=names)
 
-    error, _ = checkify.checkify(jax.jit(update), errors=checkify.float_checks)(jax.tree.map(jnp.zeros_like, params))
+    error, _ = quick_jit(checkify.checkify(update, errors=checkify.float_checks))(jax.tree.map(jnp.zeros_like, params))
     assert error.get() is None
 
 
@@ -370,10 +401,11 @@ def test_checks_of_every_operation_find_no_nan() -> None:
 
 
 def trained(tx: Transformation, steps: int = STEPS) -> tuple[Any, Any]:
-    moment = PARAMS, tx.init(PARAMS)
+    """Updates and state after some updates."""
+    state = tx.init(PARAMS)
     for grads in GRADIENTS[:steps]:
-        moment = step(tx, *moment, grads)
-    return moment
+        updates, state = tx.update(grads, state, PARAMS)
+    return updates, state
 
 
 def test_sweep_of_64_settings_is_one_trace_and_equals_64_runs() -> None:
@@ -387,7 +419,7 @@ def test_sweep_of_64_settings_is_one_trace_and_equals_64_runs() -> None:
     together = jax.jit(jax.vmap(train))(rates, epsilons)
     for i in range(64):
         alone = trained(rmsprop(lr=float(rates[i]), eps=float(epsilons[i]), momentum=0.5), steps=2)
-        assert_is_loop({"": jax.tree.map(lambda x, i=i: x[i], together)}, {"": alone})
+        assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), alone)
     chex.clear_trace_counter()
 
 
@@ -397,7 +429,7 @@ def test_every_number_can_be_vmapped() -> None:
     def train(value: Any) -> Any:
         return {name: trained(rmsprop(**{name: value}), steps=2) for name in names}
 
-    together = jax.jit(jax.vmap(train))(values)
+    together = quick_jit(jax.vmap(train))(values)
     for i in range(2):
         assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), train(values[i]))
 
@@ -412,12 +444,11 @@ def test_inject_hyperparams_takes_every_number_and_never_recompiles() -> None:
     updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert_same(updates, equal.update(PARAMS, equal.init(PARAMS), PARAMS)[0])
     before = transform._update_tree._cache_size(), transform._update_array._cache_size()
-    update = jax.jit(chex.assert_max_traces(functools.partial(step, tx), 1))
-    params = PARAMS
+    update = jax.jit(chex.assert_max_traces(tx.update, 1))
     for i, name in enumerate(state.hyperparams):
         state.hyperparams[name] = state.hyperparams[name] * 0.5
         updates, state = tx.update(PARAMS, state, PARAMS)
-        params, state = update(params, state, GRADIENTS[0])
+        updates, state = update(GRADIENTS[0], state, PARAMS)
         assert state.inner_state.step == 1 + 2 * (i + 1)
     assert (transform._update_tree._cache_size(), transform._update_array._cache_size()) == before
     assert update._cache_size() == 1
@@ -461,8 +492,10 @@ def test_inject_hyperparams_applies_the_new_number() -> None:
 
 def test_inject_hyperparams_takes_schedules() -> None:
     schedule = optax.linear_schedule(0.1, 0.0, 5)
-    injected, direct = optax.inject_hyperparams(rmsprop)(lr=schedule), rmsprop(lr=schedule)
-    assert_same(trained(injected)[0], trained(direct)[0])
+    injected = optax.inject_hyperparams(rmsprop)(lr=schedule)
+    direct = rmsprop(schedule, *(jnp.float32(x) for x in (0.99, 1e-8, 0.0, 0.0)))
+    updates, state = trained(injected)
+    assert_same((updates, state.inner_state), trained(direct))
 
 
 def test_slots_are_found_by_name_inside_a_chain() -> None:
@@ -485,11 +518,8 @@ def test_partition_gives_each_group_its_own_rule() -> None:
     tx = optax.partition({"fast": rmsprop(0.1, momentum=0.9), "slow": rmsprop(0.001)}, labels)
     grouped, state = trained(tx)
     for names, rule in ((("dense",), rmsprop(0.1, momentum=0.9)), (("scale", "gain"), rmsprop(0.001))):
-        params = {name: PARAMS[name] for name in names}
-        inner = rule.init(params)
-        for grads in GRADIENTS:
-            params, inner = step(rule, params, inner, {name: grads[name] for name in names})
-        assert_same({name: grouped[name] for name in names}, params)
+        alone, _ = trained(rule)  # of all parameters: none of them knows of the others
+        assert_same({name: grouped[name] for name in names}, {name: alone[name] for name in names})
     assert len(jax.tree.leaves(state)) == 2 + 2 * 2 + 2  # steps; two slots of two arrays; one slot of two
 
 
@@ -529,7 +559,7 @@ def test_lookahead_synchronises() -> None:
     for _ in range(2):
         updates, state = tx.update(jax.grad(loss)(params.fast), state, params)
         params = optax.apply_updates(params, updates)
-    assert_same(params.fast, params.slow)
+    assert_close(params.fast, params.slow, ulps={"float32": 2, "bfloat16": 2})  # p + (q − p) is rounded twice
     assert loss(params.fast) < loss(PARAMS)
 
 
@@ -538,32 +568,30 @@ def test_lookahead_synchronises() -> None:
 
 def goes_on(name: str, state: Any) -> None:
     """A restored state is the one that was kept, and the next update is what it would have been."""
-    params, kept = looped(name)[2]
-    assert_same(state, jax.tree.map(np.asarray, kept), nonfinite="equal")
-    assert_same(step(built(name), params, state, GRADIENTS[2]), looped(name)[3], nonfinite="equal")
+    kept = looped(name)[2][1]
+    assert_same(jax.tree.map(np.asarray, state), jax.tree.map(np.asarray, kept), nonfinite="equal")
+    assert_same(built(name).update(GRADIENTS[2], state, PARAMS), looped(name)[3], nonfinite="equal")
 
 
 @every
 def test_state_can_be_pickled(name: str) -> None:
-    state = pickle.loads(pickle.dumps(looped(name)[2][1]))
-    goes_on(name, jax.tree.map(np.asarray, state))
+    goes_on(name, pickle.loads(pickle.dumps(looped(name)[2][1])))
 
 
 @every
 def test_state_goes_through_msgpack(name: str) -> None:
     serialization = pytest.importorskip("flax.serialization")
     message = serialization.to_bytes(looped(name)[2][1])
-    goes_on(name, jax.tree.map(np.asarray, serialization.from_bytes(built(name).init(PARAMS), message)))
+    goes_on(name, serialization.from_bytes(built(name).init(PARAMS), message))
 
 
 def test_exported_program_is_the_one_that_was_exported() -> None:
     pytest.importorskip("flatbuffers")  # what JAX needs to write it down
 
-    def update(moments: Any, grads: Any) -> Any:
-        return for_all(lambda tx, moment: step(tx, *moment, grads), moments)
-
-    exported = jax.export.export(jax.jit(update), platforms=("cpu", "cuda"))(after(0), GRADIENTS[0])
-    assert_is_loop(jax.export.deserialize(exported.serialize()).call(after(0), GRADIENTS[0]), after(1))
+    states = after(0)[1]
+    exported = jax.export.export(jax.jit(updates_of_all), platforms=("cpu", "cuda"))(states, GRADIENTS[0])
+    again = jax.export.deserialize(exported.serialize())
+    assert_is_loop(quick_jit(again.call)(states, GRADIENTS[0]), after(1))
 
 
 # --- With other libraries ----------------------------------------------------------------------------------
@@ -583,12 +611,13 @@ def test_optimistix_minimises_as_the_loop_does() -> None:
         return optimistix.minimise(distance, solver, SMALL, max_steps=3, throw=False).value
 
     def loop(tx: Transformation) -> Any:
-        moment = SMALL, tx.init(SMALL)
+        params, state = SMALL, tx.init(SMALL)
         for _ in range(3):
-            moment = step(tx, *moment, jax.grad(distance)(moment[0]))
-        return moment[0]
+            updates, state = tx.update(jax.grad(distance)(params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
 
-    found, expected = jax.jit(lambda: for_all(minimise))(), for_all(loop)
+    found, expected = quick_jit(lambda: for_all(minimise))(), for_all(loop)
     assert_close(found, expected, ulps=ULPS, scale="array")
 
 
@@ -617,59 +646,59 @@ def module() -> tuple[Any, Any]:
             x = self.dropout(self.activation(self.linear(x)), key=self.key)
             return (x * self.temperature).sum()
 
-    model = Network(
-        eqx.nn.Linear(3, 2, key=jax.random.key(0)), eqx.nn.Dropout(0.25), jnp.tanh, 2.5, 7, "small", jax.random.key(1)
-    )
+    linear = eqx.nn.Linear(3, 2, use_bias=False, key=jax.random.key(0))
+    model = Network(linear, eqx.nn.Dropout(0.25), jnp.tanh, 2.5, 7, "small", jax.random.key(1))
     return model, eqx.filter_grad(lambda model: model(jnp.array([1.0, -2.0, 3.0])))(model)
 
 
+def assert_trained(model: Any, updates: Any, expected: Any) -> None:
+    """The weights move as they do outside a module, and everything else stays what it was."""
+    eqx = pytest.importorskip("equinox")
+    start, grads = module()
+    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    assert_close(updates.linear.weight, expected, ulps=ULPS)
+    kept, before = (eqx.partition(tree, eqx.is_inexact_array)[1] for tree in (model, start))
+    assert_same(kept, before)
+    assert kept.dropout.inference is False
+    assert (model.linear.weight != start.linear.weight).all()
+
+
 @every
-@pytest.mark.parametrize("filtered", [False, True])
-def test_whole_equinox_model_keeps_what_is_no_parameter(name: str, filtered: bool) -> None:
+def test_whole_equinox_model_keeps_what_is_no_parameter(name: str) -> None:
     eqx = pytest.importorskip("equinox")
     model, grads = module()
-    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     tx = built(name)
-    before = tx.init(arrays if filtered else model)
+    before = tx.init(model)
     updates, state = tx.update(grads, before, model)
-    assert jax.tree.structure(updates) == jax.tree.structure(grads)
     assert_alike(state, before, weak_types=True)
-    moved, kept = eqx.partition(eqx.apply_updates(model, updates), eqx.is_inexact_array)
-    assert_same(kept, rest)
-    assert kept.dropout.inference is False
-    weights = {"weight": arrays.linear.weight, "bias": arrays.linear.bias}
-    plain = {"weight": grads.linear.weight, "bias": grads.linear.bias}
-    expected, _ = step(tx, weights, tx.init(weights), plain)
-    assert_close({"weight": moved.linear.weight, "bias": moved.linear.bias}, expected, ulps=ULPS, scale="array")
+    with jax.disable_jit():
+        weight = model.linear.weight
+        expected, _ = tx.update(grads.linear.weight, tx.init(weight), weight)
+    assert_trained(eqx.apply_updates(model, updates), updates, expected)
 
 
-def test_whole_equinox_model_trains_inside_filter_jit() -> None:
+@pytest.mark.parametrize("filtered", [False, True])
+def test_whole_equinox_model_trains_inside_filter_jit(filtered: bool) -> None:
     eqx = pytest.importorskip("equinox")
     model, grads = module()
     traces = 0
 
-    @eqx.filter_jit
-    def update(models: Any, states: Any) -> Any:
+    @functools.partial(eqx.filter_jit, compiler_options=compiler_options())
+    def update(model: Any, states: Any) -> Any:
         nonlocal traces
         traces += 1
+        updates, states = updates_of_all(states, grads, model)
+        return updates, {name: eqx.apply_updates(model, update) for name, update in updates.items()}, states
 
-        def one(tx: Transformation, model: Any, state: Any) -> Any:
-            updates, state = tx.update(grads, state, model)
-            return eqx.apply_updates(model, updates), state
-
-        done = for_all(one, models, states)
-        return {name: model for name, (model, _) in done.items()}, {name: state for name, (_, state) in done.items()}
-
-    models, states = dict.fromkeys(TRANSFORMATIONS, model), for_all(lambda tx: tx.init(model))
+    states = for_all(lambda tx: tx.init(eqx.filter(model, eqx.is_inexact_array) if filtered else model))
     for _ in range(2):
-        models, states = update(models, states)
+        updates, models, after = update(model, states)
     assert traces == 1
-    for name, trained_model in models.items():
+    assert_alike(after, states, weak_types=True)
+    for name in TRANSFORMATIONS:
         with naming(name):
-            assert_same(
-                eqx.partition(trained_model, eqx.is_inexact_array)[1], eqx.partition(model, eqx.is_inexact_array)[1]
-            )
-            assert (trained_model.linear.weight != model.linear.weight).all()
+            outside, _ = built(name).update(grads, states[name], model)
+            assert_trained(models[name], updates[name], outside.linear.weight)
 
 
 # --- In processes of their own ---------------------------------------------------------------------------
@@ -692,40 +721,40 @@ def test_many_devices() -> None:
 
 
 BIT_IDENTICAL = """
-import jax, jax.numpy as jnp, numpy as np, optax
+import jax, jax.numpy as jnp, numpy as np
 from rmsprop_jax import rmsprop, scale_by_rmsprop
 
 grads = np.random.default_rng(0).normal(size=(4, 33)).astype(np.float32)
-for tx in (
+params = np.linspace(-1, 1, 33, dtype=np.float32)
+txs = (
     rmsprop(weight_decay=0.1, momentum=0.9),
     rmsprop(weight_decay=0.1, momentum=0.9, centered=True, maximize=True),
     rmsprop(centered=True),
     scale_by_rmsprop(bias_correction=True),
-):
-    params = jnp.linspace(-1, 1, 33)
+)
 
-    def step(carry, g):
-        params, state = carry
-        updates, state = tx.update(g, state, params)
-        return (optax.apply_updates(params, updates), state), updates
+def update(states, g):
+    done = [tx.update(g, state, params) for tx, state in zip(txs, states, strict=True)]
+    return [state for _, state in done], [updates for updates, _ in done]
 
-    def run(step):
-        carry, history = (params, tx.init(params)), []
-        for g in grads:
-            carry, updates = step(carry, g)
-            history.append((*carry, updates))
-        return history
+def run(update):
+    states, history = [tx.init(params) for tx in txs], []
+    for g in grads:
+        states, updates = update(states, g)
+        history.append((states, updates))
+    return history
 
-    eager, jitted = run(step), run(jax.jit(step))
-    one, first = (lambda x: x[None]), (lambda x: x[0])
-    batched = run(lambda carry, g: jax.tree.map(first, jax.vmap(step)(*jax.tree.map(one, (carry, g)))))
-    for other in (jitted, batched):
-        jax.tree.map(np.testing.assert_array_equal, eager, other)
-    scanned = jax.lax.scan(step, (params, tx.init(params)), grads)[0]
-    jax.tree.map(np.testing.assert_array_equal, eager[-1][:2], scanned)
+eager, jitted = run(update), run(jax.jit(update))
+one, first = (lambda x: x[None]), (lambda x: x[0])
+batched = run(lambda *args: jax.tree.map(first, jax.jit(jax.vmap(update))(*jax.tree.map(one, args))))
+scanned = jax.lax.scan(update, [tx.init(params) for tx in txs], grads)
+assert np.isfinite(eager[-1][1]).all()
+for other in (jitted, batched):
+    jax.tree.map(np.testing.assert_array_equal, eager, other)
+jax.tree.map(np.testing.assert_array_equal, eager[-1], (scanned[0], [x[-1] for x in scanned[1]]))
+for tx, updates in zip(txs, eager[0][1], strict=True):
     both = jax.lax.complex(params, params[::-1])
-    update, state = tx.update(jax.lax.complex(grads[0], grads[1]), tx.init(both), both)
-    np.testing.assert_array_equal(update.real, eager[0][2])
-    np.testing.assert_array_equal(update.imag, tx.update(grads[1], tx.init(params), params[::-1])[0])
-assert np.isfinite(eager[-1][0]).all()
+    pair, _ = tx.update(jax.lax.complex(grads[0], grads[1]), tx.init(both), both)
+    np.testing.assert_array_equal(pair.real, updates)
+    np.testing.assert_array_equal(pair.imag, tx.update(grads[1], tx.init(params), params[::-1])[0])
 """
