@@ -35,7 +35,7 @@ def ten_steps(recorded: bool) -> Step:
     """A call that takes ``EVERY`` training steps."""
     scaling = rmsprop(LR, **SETTING)
     if recorded:
-        scaling = record_statistics(scaling, EVERY, lr=LR, eps=SETTING["eps"])
+        scaling = record_statistics(scaling, EVERY)
     model = train_digits.Network(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), scaling), wrt=nnx.Param)
     train_set, _ = train_digits.load_data()

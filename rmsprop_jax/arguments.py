@@ -45,7 +45,7 @@ def check_number(name: str, value: Any, below: float = math.inf) -> Any:
     allowed = "a number ≥ 0" if below == math.inf else f"a number in [0, {below:g})"
     if isinstance(value, jax.Array | np.ndarray):
         _check_scalar(name, value, allowed)
-        concrete = known(value)
+        concrete = _as_float(name, value[()]) if isinstance(value, np.ndarray) else known(value)
         if concrete is not None:
             _check_range(name, concrete, concrete, below, allowed)
         return np.asarray(concrete) if isinstance(value, np.ndarray) else value
@@ -133,7 +133,7 @@ def check_count(name: str, value: Any) -> int:
     if is_array and value.shape == () and _is_real_dtype(value.dtype):
         value = np.asarray(value)[()]
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be {allowed}, {_got(value)}")
+        raise TypeError(f"{name} must be {allowed}, {_got(value)}{_hint_at_init(value)}")
     count = int(value)
     if not 1 <= count <= _INT32_MAX:
         raise ValueError(f"{name} must be {allowed}, {_got(value)}")
@@ -169,7 +169,7 @@ def check_float_dtype(name: str, value: Any) -> np.dtype | None:
         return None
     try:
         dtype: np.dtype = jnp.dtype(value)
-    except (TypeError, RecursionError):  # NumPy shows what it cannot take, however deep
+    except Exception:  # NumPy shows what it cannot take, which may fail
         raise TypeError(f"{name} must be a real floating dtype such as 'bfloat16', or None, {_got(value)}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} must be a real floating dtype or None, got {dtype.name}")
@@ -212,9 +212,13 @@ def _is_real_dtype(dtype: np.dtype) -> bool:
 
 def _as_float(name: str, value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
+        fits = not math.isinf(number) or bool(value == number)  # Decimal("1e400") becomes infinite
     except (OverflowError, ValueError):  # 10**400; a signaling NaN of decimal
-        raise ValueError(f"{name} must fit into a float, {_got(value)}") from None
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must fit into a float, {_got(value)}")
+    return number
 
 
 # --- Messages --------------------------------------------------------------------------------------------
@@ -255,15 +259,20 @@ def explain_arguments(function: Callable[_Parameters, _Result]) -> Callable[_Par
 
     It knows what other frameworks call the same thing, torch's hints about execution, and parameters given first.
     """
-    names = tuple(inspect.signature(function).parameters)
+    signature = inspect.signature(function)
+    names = tuple(signature.parameters)
 
     @functools.wraps(function)
     def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
         for given in kwargs:
             if given not in names:
                 raise TypeError(_unknown_argument(function.__name__, given, kwargs[given], names))
-        if args and (not names or names[0] in kwargs) and _hint_at_init(args[0]):
-            raise TypeError(f"{function.__name__} takes no parameters, {_got(args[0])}{_hint_at_init(args[0])}")
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            hint = _hint_at_init(args[0]) if args else ""
+            if hint:
+                raise TypeError(f"{function.__name__} takes no parameters, {_got(args[0])}{hint}") from None
         return function(*args, **kwargs)
 
     return wrapped

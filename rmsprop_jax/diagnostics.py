@@ -6,17 +6,15 @@ statistics while it trains; at the end how a state is found, and its leaves name
 
 ``opt_state`` is any optimizer state with an :class:`RMSPropState` in it, however deep: of ``optax.chain``,
 ``optax.masked``, ``optax.MultiSteps``, ``flax.nnx.Optimizer`` and so on. The several states of ``optax.partition``
-are laid over each other. ``lr`` and ``eps`` have the defaults of ``rmsprop``: give here what was given there. Each is
-a number, a scalar array, for ``lr`` a schedule too, or a tree of those that is a prefix of the parameters, for
-groups of parameters with different ones.
+are laid over each other. ``tx`` is the transformation that the state belongs to. Each RMSProp in it says what its
+learning rate and its eps are, so there is nothing to tell twice: schedules, injected hyperparameters and groups of
+parameters with different rules are read where the update reads them.
 """
 
 import dataclasses
-import functools
 import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax.arguments import check_flag, check_number
-from rmsprop_jax.arguments import check_number_or_schedule as check_learning_rate
-from rmsprop_jax.transform import RMSPropState
+from rmsprop_jax.arguments import check_count, check_eps, check_number, shown
+from rmsprop_jax.transform import RMSPropState, Settings, SettingsQuery
 
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
 _TOTAL = "total"
@@ -39,7 +36,7 @@ _Name = tuple[str, ...]
 # --- The denominator -------------------------------------------------------------------------------------
 
 
-def denominator(opt_state: optax.OptState, eps: Any = 1e-8, *, eps_in_sqrt: bool = False) -> optax.Params:
+def denominator(tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params) -> optax.Params:
     """What each gradient was divided by.
 
     ::
@@ -50,16 +47,16 @@ def denominator(opt_state: optax.OptState, eps: Any = 1e-8, *, eps_in_sqrt: bool
     gradient, its imaginary part to the imaginary one, as in ``square_avg``.
 
     Args:
+      tx: the transformation that made the update.
       opt_state: the state after the update in question; see above.
-      eps: as in ``rmsprop``, or a prefix of the parameters.
-      eps_in_sqrt: add ``eps`` under the root, as the dialects of TensorFlow and Keras do.
+      params: the parameters, for their structure and dtypes.
 
     Returns:
       A tree like the parameters, with ``optax.MaskedNode`` for those that no RMSProp updates.
 
     Raises:
-      ValueError: if there is no :class:`RMSPropState` in ``opt_state``, if two hold the same parameter, or if
-        ``eps`` is out of range or missing for a parameter.
+      ValueError: if there is no :class:`RMSPropState` in ``opt_state``, if two hold the same parameter, or if ``tx``
+        has no RMSProp for one of them.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,21 +65,18 @@ def denominator(opt_state: optax.OptState, eps: Any = 1e-8, *, eps_in_sqrt: bool
       >>> optimizer = optax.chain(optax.clip(100.0), rmsprop(alpha=0.75))
       >>> params = {"w": jnp.ones(3)}
       >>> _, state = optimizer.update({"w": jnp.array([6.0, 0.2, 0.0])}, optimizer.init(params))
-      >>> print(*(f"{x:.3g}" for x in diagnostics.denominator(state)["w"]))
+      >>> print(*(f"{x:.3g}" for x in diagnostics.denominator(optimizer, state, params)["w"]))
       3 0.1 1e-08
     """
-    check_flag("eps_in_sqrt", eps_in_sqrt)
-    epsilons = _numbers("eps", eps, check_number)
 
-    def leaf(path: Any, square_avg: jax.Array) -> jax.Array:
-        return _denominator(square_avg, _at("eps", epsilons, _name(path)), eps_in_sqrt)
+    def leaf(square_avg: jax.Array, now: Settings) -> jax.Array:
+        return _denominator(square_avg, _places(now))
 
-    trees = [jax.tree_util.tree_map_with_path(leaf, state.square_avg) for state in _states(opt_state)]
-    return _overlay(trees)
+    return _of_each_leaf(leaf, tx, opt_state, params)
 
 
 def effective_learning_rate(
-    opt_state: optax.OptState, lr: Any = 1e-2, eps: Any = 1e-8, *, eps_in_sqrt: bool = False
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
 ) -> optax.Params:
     """How far each element moves per unit of its gradient, momentum aside.
 
@@ -91,45 +85,61 @@ def effective_learning_rate(
         effective_learning_rate = lr / denominator
 
     Args:
-      opt_state: the state after the update in question; see above.
-      lr: as in ``rmsprop``, or a prefix of the parameters. A schedule is read at ``step − 1``, as in the update that
-        gave this state (at 0 before the first).
-      eps: as in :func:`denominator`.
-      eps_in_sqrt: as in :func:`denominator`.
+      tx: as in :func:`denominator`. A schedule is read at ``step − 1``, as in the update that gave this state (at 0
+        before the first). :func:`rmsprop_jax.scale_by_rmsprop` has a learning rate of 1 here.
+      opt_state: as in :func:`denominator`.
+      params: as in :func:`denominator`.
 
     Returns:
       A tree like that of :func:`denominator`, complex for complex parameters in the same way.
 
     Raises:
-      ValueError: as :func:`denominator`, also for ``lr``.
+      ValueError: as :func:`denominator`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from rmsprop_jax import diagnostics, rmsprop
       >>> optimizer = rmsprop(lr=0.01, alpha=0.75)
-      >>> _, state = optimizer.update(jnp.array([6.0, 0.2, 0.0]), optimizer.init(jnp.ones(3)))
-      >>> rates = diagnostics.effective_learning_rate(state, lr=0.01)
+      >>> params = jnp.ones(3)
+      >>> _, state = optimizer.update(jnp.array([6.0, 0.2, 0.0]), optimizer.init(params))
+      >>> rates = diagnostics.effective_learning_rate(optimizer, state, params)
       >>> print(*(f"{rate:.3g}" for rate in rates))  # where the gradient was 0, eps is all that is left
       0.00333 0.1 1e+06
     """
-    check_flag("eps_in_sqrt", eps_in_sqrt)
-    rates, epsilons = _numbers("lr", lr, check_learning_rate), _numbers("eps", eps, check_number)
+
+    def leaf(square_avg: jax.Array, now: Settings) -> jax.Array:
+        denom = _denominator(square_avg, _places(now))
+        return _per_component(lambda d: jnp.asarray(now.lr, d.dtype) / d, denom)
+
+    return _of_each_leaf(leaf, tx, opt_state, params)
+
+
+def _of_each_leaf(
+    function: Callable[[jax.Array, Settings], jax.Array],
+    tx: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    params: optax.Params,
+) -> optax.Params:
+    states, settings = _states(opt_state), _settings(tx, _before(opt_state), params)
 
     def of(state: RMSPropState) -> optax.Params:
         def leaf(path: Any, square_avg: jax.Array) -> jax.Array:
-            rate = _at_step(_at("lr", rates, _name(path)), state.step)
-            denom = _denominator(square_avg, _at("eps", epsilons, _name(path)), eps_in_sqrt)
-            return _per_component(lambda d: jnp.asarray(rate, d.dtype) / d, denom)
+            return function(square_avg, _at_step(_settings_of(settings, _name(path)), state.step))
 
         return jax.tree_util.tree_map_with_path(leaf, state.square_avg)
 
-    return _overlay([of(state) for state in _states(opt_state)])
+    return _overlay([of(state) for state in states])
 
 
-def _denominator(square_avg: jax.Array, eps: Any, eps_in_sqrt: bool) -> jax.Array:
+def _places(settings: Settings) -> tuple[Any, Any]:
+    """Eps under the root and eps outside it, of which an RMSProp has one."""
+    return (settings.eps, 0.0) if settings.eps_in_sqrt else (0.0, settings.eps)
+
+
+def _denominator(square_avg: jax.Array, eps: tuple[Any, Any]) -> jax.Array:
     def component(v: jax.Array) -> jax.Array:
-        e = jnp.asarray(eps, v.dtype)
-        return jnp.sqrt(v + e) if eps_in_sqrt else jnp.sqrt(v) + e
+        inside, outside = (jnp.asarray(x, v.dtype) for x in eps)
+        return jnp.sqrt(v + inside) + outside
 
     return _per_component(component, _widened(square_avg))
 
@@ -140,12 +150,22 @@ def _per_component(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> 
 
 def _widened(x: Any) -> jax.Array:
     """``x`` in its own dtype, but float32 at least."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    dtype = jnp.result_type(x)
+    wide = jnp.issubdtype(dtype, jnp.complexfloating) or jnp.finfo(dtype).bits >= 32
+    return jnp.asarray(x, dtype if wide else jnp.float32)
 
 
-def _at_step(rate: Any, step: jax.Array) -> Any:
-    """``rate``, or what a schedule gave for the update that led to ``step``."""
-    return check_number("the schedule of lr", rate(jnp.maximum(step - 1, 0))) if callable(rate) else rate
+def _at_step(settings: Settings, step: jax.Array | None) -> Settings:
+    """The numbers of the update that led to ``step``."""
+
+    def read(name: str, number: Any, check: Callable[[str, Any], Any]) -> Any:
+        if not callable(number):
+            return number
+        if step is None:
+            raise ValueError(f"opt_state.step is None, so the schedule of {name} cannot be read; keep the count")
+        return check(f"the schedule of {name}", number(jnp.maximum(step - 1, 0)))
+
+    return settings._replace(lr=read("lr", settings.lr, check_number), eps=read("eps", settings.eps, check_eps))
 
 
 # --- The statistics --------------------------------------------------------------------------------------
@@ -159,18 +179,15 @@ class _Leaf(NamedTuple):
     p: Any
     state: RMSPropState | None  # of this parameter alone; None if no RMSProp updates it
     lr: Any
-    eps: Any
+    eps: tuple[Any, Any]  # under the root and outside it, one of them 0: data, so that both rules are one program
 
 
 def statistics(
+    tx: optax.GradientTransformation,
     grads: optax.Updates,
     updates: optax.Updates,
     opt_state: optax.OptState,
     params: optax.Params,
-    *,
-    lr: Any = 1e-2,
-    eps: Any = 1e-8,
-    eps_in_sqrt: bool = False,
 ) -> dict[str, jax.Array]:
     """Eight figures and three quantiles about an update, for every leaf and in total, ready for any logger.
 
@@ -200,13 +217,11 @@ def statistics(
     derivatives.
 
     Args:
+      tx: the transformation that made the update; see :func:`effective_learning_rate`.
       grads: the gradients that RMSProp was given, after clipping if there is any. ``None`` counts as zero.
       updates: the updates that came out, like ``params``. ``None`` counts as zero.
       opt_state: the state *after* the update; see above.
       params: the parameters *before* the update. ``None`` and leaves that are no floating array are left out.
-      lr: as in :func:`effective_learning_rate`.
-      eps: as in :func:`denominator`.
-      eps_in_sqrt: as in :func:`denominator`.
 
     Returns:
       float32 scalars by ``"<path of the leaf>/<statistic>"``, ``conv1/kernel/update_ratio`` for one, and by
@@ -225,7 +240,7 @@ def statistics(
       >>> params = {"dense": {"kernel": jnp.array([[3.0, 4.0]])}}
       >>> grads = {"dense": {"kernel": jnp.array([[-0.2, 0.0]])}}
       >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
-      >>> found = diagnostics.statistics(grads, updates, state, params, lr=0.01)
+      >>> found = diagnostics.statistics(optimizer, grads, updates, state, params)
       >>> for name in ("update_ratio", "lr_50", "surprise", "never_updated"):
       ...     print(f"dense/kernel/{name} = {found[f'dense/kernel/{name}']:.3g}")
       dense/kernel/update_ratio = 0.004
@@ -233,17 +248,16 @@ def statistics(
       dense/kernel/surprise = 2
       dense/kernel/never_updated = 0.5
     """
-    leaves = _leaves_of(grads, updates, opt_state, params, lr, eps)
-    found: dict[str, jax.Array] = _statistics(leaves, check_flag("eps_in_sqrt", eps_in_sqrt))
+    found: dict[str, jax.Array] = _statistics(_leaves_after(tx, grads, updates, opt_state, params))
     return found
 
 
-@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
-def _statistics(leaves: Mapping[str, _Leaf], eps_in_sqrt: bool) -> dict[str, jax.Array]:
+@jax.jit
+def _statistics(leaves: Mapping[str, _Leaf]) -> dict[str, jax.Array]:
     """One program for a whole tree, with ``lr`` and ``eps`` as data; inside an outer ``jit`` it disappears."""
     # A loss differentiated through recorded updates has no use for the derivatives here, some of which are infinite.
     leaves = jax.lax.stop_gradient(leaves)
-    measured = {name: _measured(leaf, eps_in_sqrt) for name, leaf in leaves.items()}
+    measured = {name: _measured(leaf) for name, leaf in leaves.items()}
     groups = {name: [leaf] for name, leaf in measured.items()}
     groups[_TOTAL] = [leaf for leaf in measured.values() if leaf.rate is not None]
     return {
@@ -265,24 +279,25 @@ class _Measured(NamedTuple):
     surprise: jax.Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
-def _measured(leaf: _Leaf, eps_in_sqrt: bool) -> _Measured:
+@jax.jit
+def _measured(leaf: _Leaf) -> _Measured:
     p = _real(leaf.p)
-    g, u = (jnp.zeros_like(p) if x is None else _real(x) for x in (leaf.g, leaf.u))
+    g, u = (jnp.zeros_like(p) if x is None else _real(x).astype(p.dtype) for x in (leaf.g, leaf.u))
     if leaf.state is None:
         return _Measured(g, u, p)
     square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
     v = _real(square_avg)
+    inside, outside = leaf.eps
     was_updated = (_real(square_avg if grad_avg is None else grad_avg) != 0) | (g != 0)
     smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
     return _Measured(
         g,
         u,
         p,
-        rate=jnp.asarray(leaf.lr, v.dtype) / _denominator(v, leaf.eps, eps_in_sqrt),
-        below_eps=(v if eps_in_sqrt else jnp.sqrt(v)) < jnp.asarray(leaf.eps, v.dtype),
+        rate=jnp.asarray(leaf.lr, v.dtype) / _denominator(v, leaf.eps),
+        below_eps=(v < jnp.asarray(inside, v.dtype)) | (jnp.sqrt(v) < jnp.asarray(outside, v.dtype)),
         was_updated=was_updated,
-        surprise=jnp.where(was_updated, g / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
+        surprise=jnp.where(was_updated, g.astype(v.dtype) / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
     )
 
 
@@ -296,16 +311,19 @@ def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
 
     def rms(slot: str, count: Any = size) -> jax.Array:
         norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
-        return _norm(jnp.stack(norms)) / jnp.sqrt(jnp.maximum(1.0, count)) if norms else jnp.zeros(())
+        if not norms:
+            return jnp.zeros(())
+        wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+        norm = _norm(jnp.stack([norm.astype(wide) for norm in norms]))
+        return norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)
 
     def share(of: Callable[[Any], jax.Array]) -> jax.Array:
         count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros(()))
         return jnp.asarray(count / size)
 
     found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
-    # Biases start at 0, and 0/0 would be NaN as long as one rests there.
-    ratio = found["update_rms"] / found["param_rms"]
-    found["update_ratio"] = jnp.where(found["update_rms"] == 0, 0.0, ratio)
+    # Biases start at 0. As long as one rests there, 0/0 must not be computed: jax_debug_nans would stop there.
+    found["update_ratio"] = found["update_rms"] / jnp.where(found["update_rms"] == 0, 1.0, found["param_rms"])
     found["nonfinite"] = share(lambda leaf: ~(jnp.isfinite(leaf.g) & jnp.isfinite(leaf.u) & jnp.isfinite(leaf.p)))
     if any(leaf.rate is None for leaf in leaves):
         return found
@@ -334,7 +352,7 @@ def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
     """
     size = sum(x.size for x in arrays)
     ranks = np.array([max(1, -(-size * percent // 100)) for percent in _PERCENTILES], np.uint32)
-    patterns = [jax.lax.bitcast_convert_type(_widen_last_axis(x), jnp.uint32) for x in arrays]
+    patterns = [jax.lax.bitcast_convert_type(_longest_axis_last(x), jnp.uint32) for x in arrays]
 
     def settle_bit(i: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))  # without jit i may be an int
@@ -344,18 +362,18 @@ def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
             below += jnp.sum(x[None] < bounds, axis=tuple(range(1, bounds.ndim)), dtype=jnp.uint32)
         return jnp.where(below < ranks, candidate, found)
 
-    start = jnp.zeros(len(ranks), jnp.uint32)
+    start = _varying_like(jnp.zeros(len(ranks), jnp.uint32), patterns)
     found = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), settle_bit, start)
     quantiles: jax.Array = jax.lax.bitcast_convert_type(found, jnp.float32)
     return quantiles
 
 
-def _widen_last_axis(x: jax.Array) -> jax.Array:
-    """A last axis of a few elements merged with the one before: on a CPU, counting takes half the time then.
+def _longest_axis_last(x: jax.Array) -> jax.Array:
+    """The longest axis in place of a last one of a few elements: on a CPU, counting takes half the time then.
 
-    One axis in all would be faster still by a little, but would gather an array that is sharded along its last axis.
+    Axes are exchanged and not merged, since a merged axis has no sharding where one of the two is sharded.
     """
-    return x.reshape(*x.shape[:-2], -1) if x.ndim > 1 and x.shape[-1] < 16 and x.size else x
+    return jnp.swapaxes(x, int(np.argmax(x.shape)), -1) if x.ndim > 1 and x.shape[-1] < 16 else x
 
 
 def _real(x: Any) -> jax.Array:
@@ -433,14 +451,11 @@ class Summary:
 
 
 def summary(
+    tx: optax.GradientTransformation,
     grads: optax.Updates,
     updates: optax.Updates,
     opt_state: optax.OptState,
     params: optax.Params,
-    *,
-    lr: Any = 1e-2,
-    eps: Any = 1e-8,
-    eps_in_sqrt: bool = False,
 ) -> Summary:
     """The statistics of an update as a table, with a remark in words on everything that looks wrong.
 
@@ -461,13 +476,11 @@ def summary(
       that is left of it, and steps are over a hundred times lr.
 
     Args:
-      grads: as in :func:`statistics`, as are all others.
+      tx: as in :func:`statistics`, as are all others.
+      grads: the gradients that RMSProp was given.
       updates: the updates that came out.
       opt_state: the state *after* the update.
       params: the parameters *before* the update.
-      lr: as in :func:`effective_learning_rate`.
-      eps: as in :func:`denominator`.
-      eps_in_sqrt: as in :func:`denominator`.
 
     Returns:
       A :class:`Summary`. It needs values, so it cannot be had inside ``jit``; :func:`statistics` can.
@@ -482,14 +495,14 @@ def summary(
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> grads = {"w": jnp.array([-0.2, 0.0])}
       >>> updates, state = optimizer.update(grads, optimizer.init(params), params)
-      >>> print(*diagnostics.summary(grads, updates, state, params, lr=3.0).remarks)
+      >>> print(*diagnostics.summary(optimizer, grads, updates, state, params).remarks)
       learning rate too high: one update is 120% of the parameters (0.1% is usual, 10% the limit); lower lr
     """
-    leaves = _leaves_of(grads, updates, opt_state, params, lr, eps)
-    found = {name: float(x) for name, x in _statistics(leaves, check_flag("eps_in_sqrt", eps_in_sqrt)).items()}
+    leaves = _leaves_after(tx, grads, updates, opt_state, params)
+    found = {name: float(x) for name, x in jax.device_get(_statistics(leaves)).items()}
     rows = [_row(name, [leaf], found) for name, leaf in leaves.items()]
     rows.append(_row(_TOTAL, [leaf for leaf in leaves.values() if leaf.state is not None], found))
-    return Summary(found, rows, tuple(_remarks(leaves, found, eps_in_sqrt)))
+    return Summary(found, rows, tuple(_remarks(leaves, found)))
 
 
 def _row(name: str, leaves: Sequence[_Leaf], found: Mapping[str, float]) -> list[str]:
@@ -524,7 +537,7 @@ def _bytes(number: float) -> str:
     return f"{number:.3g} {units[0]}"
 
 
-def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float], eps_in_sqrt: bool) -> Iterator[str]:
+def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float]) -> Iterator[str]:
     """What looks wrong. A cause silences its consequences, and a comparison with NaN is false."""
 
     def eps_rules(name: str) -> bool:
@@ -542,7 +555,7 @@ def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float], eps_in_sqr
         )
     states = {name: leaf.state for name, leaf in leaves.items() if leaf.state is not None}
     centered = [name for name, state in states.items() if state.grad_avg is not None]
-    exploding = [name for name in centered if _relative_step(leaves[name], eps_in_sqrt) > _LIMITS["centered_step"]]
+    exploding = [name for name in centered if _relative_step(leaves[name]) > _LIMITS["centered_step"]]
     stalled = [name for name in states if _is_stalled(states[name], leaves[name].g, found[f"{name}/surprise"])]
     if exploding:
         yield (
@@ -572,12 +585,13 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + more
 
 
-def _relative_step(leaf: _Leaf, eps_in_sqrt: bool) -> jax.Array:
+def _relative_step(leaf: _Leaf) -> jax.Array:
     """``rms(g / denominator)``: the step without momentum, in units of lr."""
     if leaf.state is None or leaf.g is None:
         return jnp.zeros(())
-    denom = _denominator(_real(leaf.state.square_avg), leaf.eps, eps_in_sqrt)
-    return jnp.asarray(_norm(_real(leaf.g) / denom) / np.sqrt(max(1, denom.size)))
+    denom = _denominator(_real(leaf.state.square_avg), leaf.eps)
+    g = _real(leaf.g).astype(denom.dtype)
+    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / np.sqrt(max(1, denom.size)))  # 0/0 counts as 0
 
 
 def _is_stalled(state: RMSPropState, g: Any, surprise: float) -> bool:
@@ -597,15 +611,18 @@ class RecordedStatistics(Mapping[str, jax.Array]):
 
     A dict of scalars would be dozens of arrays that every call of a jitted step takes in and hands out, and that costs
     more than computing them. Stacked by ``jax.lax.scan`` or ``jax.vmap``, it maps a key to an array over the leading
-    axes.
+    axes. To log a record, move it to the host at once: ``record = jax.device_get(record)`` is two transfers, where
+    ``float(record[name])`` for each name would be as many as there are names.
 
     Attributes:
       names: the keys.
-      vector: the values in this order along the last axis; NaN as long as nothing is recorded.
+      vector: the values in this order along the last axis; 0 as long as nothing is recorded.
+      update: which update they are of, counted from 0, an int32 scalar; −1 as long as nothing is recorded.
     """
 
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     vector: jax.Array
+    update: jax.Array
 
     def __getitem__(self, name: str) -> jax.Array:
         """The value, or the values over time, of one statistic."""
@@ -627,23 +644,16 @@ class RecordStatisticsState(NamedTuple):
 
     Attributes:
       update_count: number of updates so far, an int32 scalar.
-      statistics: those of the last update that was recorded.
+      statistics: those of the last update that was recorded; without any parameters, one array.
       inner_state: the state of the transformation inside.
     """
 
     update_count: jax.Array
-    statistics: RecordedStatistics
+    statistics: RecordedStatistics | jax.Array
     inner_state: optax.OptState
 
 
-def record_statistics(
-    inner: optax.GradientTransformation,
-    every: int = 10,
-    *,
-    lr: Any = 1e-2,
-    eps: Any = 1e-8,
-    eps_in_sqrt: bool = False,
-) -> optax.GradientTransformationExtraArgs:
+def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> optax.GradientTransformationExtraArgs:
     """``inner`` unchanged, with the :func:`statistics` of its first and then every ``every``-th update in the state.
 
     After update number n (from 0) the state holds those of update ``n − n % every``. They are computed under
@@ -657,24 +667,20 @@ def record_statistics(
     Args:
       inner: a transformation that contains an RMSProp: ``rmsprop(...)``, a dialect, a chain.
       every: of how many updates one is recorded, a whole number of at least 1.
-      lr: as in :func:`effective_learning_rate`: what ``inner`` was built with.
-      eps: as in :func:`denominator`: what ``inner`` was built with.
-      eps_in_sqrt: as in :func:`denominator`: True for the dialects with eps under the root.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`RecordStatisticsState`. ``update``
       needs ``params``.
 
     Raises:
-      ValueError: when built, if ``every`` is no positive whole number or a number is out of range; at ``init``, if
-        there is no :class:`RMSPropState` in the state of ``inner``; at ``update``, without ``params`` and as
-        :func:`statistics`.
+      ValueError, TypeError: when built, if ``every`` is no positive whole number; at ``init``, if there is no
+        :class:`RMSPropState` in the state of ``inner``; at ``update``, without ``params`` and as :func:`statistics`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from rmsprop_jax import diagnostics, rmsprop
-      >>> recorded = diagnostics.record_statistics(rmsprop(lr=0.1, alpha=0.75), every=10, lr=0.1)
+      >>> recorded = diagnostics.record_statistics(rmsprop(lr=0.1, alpha=0.75), every=10)
       >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), recorded)
       >>> params = {"w": jnp.array([3.0, 4.0])}
       >>> state = optimizer.init(params)
@@ -687,23 +693,20 @@ def record_statistics(
       0: 0.057 2.000
       10: 0.044 1.014
     """
-    if not isinstance(every, Integral) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-    _numbers("lr", lr, check_learning_rate)
-    _numbers("eps", eps, check_number)
-    check_flag("eps_in_sqrt", eps_in_sqrt)
+    every = check_count("every", every)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> RecordStatisticsState:
         inner_state = inner.init(params)
-        leaves = _leaves_of(params, params, inner_state, params, lr, eps)
-        names = tuple(jax.eval_shape(lambda leaves: _statistics(leaves, eps_in_sqrt), leaves))
+        leaves = _leaves_of(_settings(inner, inner_state, params), params, params, inner_state, params)
+        names = tuple(jax.eval_shape(_statistics, leaves))
         step = _states(inner_state)[0].step  # lies on the devices of the parameters, as all of the state has to
-        nothing = jnp.broadcast_to(jnp.full_like(step, jnp.nan, jnp.float32), len(names))
+        nothing = jnp.broadcast_to(jnp.full_like(step, 0, jnp.float32), len(names))
+        nothing = _varying_like(nothing, jax.tree.leaves(leaves))
         return RecordStatisticsState(
             update_count=jnp.zeros_like(step),
             # For optax.tree.map_params, which calls init with a tree without leaves, one array stands for them all.
-            statistics=RecordedStatistics(names, nothing) if leaves else nothing,
+            statistics=RecordedStatistics(names, nothing, jnp.full_like(step, -1)) if leaves else nothing,
             inner_state=inner_state,
         )
 
@@ -715,29 +718,53 @@ def record_statistics(
     ) -> tuple[optax.Updates, RecordStatisticsState]:
         if params is None:
             raise ValueError("params must be given to record their statistics: call update(updates, state, params)")
+        settings = _settings(inner, state.inner_state, params)
         done, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        leaves = _leaves_of(updates, done, inner_state, params, lr, eps)
+        leaves = _leaves_of(settings, updates, done, inner_state, params)
         is_due = state.update_count % every == 0
         return done, RecordStatisticsState(
             update_count=optax.safe_increment(state.update_count),
-            statistics=_record(is_due, leaves, state.statistics, eps_in_sqrt) if leaves else state.statistics,
+            statistics=_record(is_due, state.update_count, leaves, state.statistics) if leaves else state.statistics,
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.partial(jax.jit, static_argnames="eps_in_sqrt")
+@jax.jit
 def _record(
-    is_due: jax.Array, leaves: Mapping[str, _Leaf], before: RecordedStatistics, eps_in_sqrt: bool
+    is_due: jax.Array, update: jax.Array, leaves: Mapping[str, _Leaf], before: RecordedStatistics
 ) -> RecordedStatistics:
     """Jitted at module level: outside ``jit``, a ``cond`` is compiled again every time it is reached."""
 
     def measure() -> jax.Array:
-        found = _statistics(leaves, eps_in_sqrt)
-        return jnp.stack([found[name] for name in before.names])
+        found = _statistics(leaves)
+        return _varying_like(jnp.stack([found[name] for name in before.names]), arrays)
 
-    return RecordedStatistics(before.names, jax.lax.cond(is_due, measure, lambda: before.vector))
+    arrays = jax.tree.leaves((leaves, before.vector))
+    vector = jax.lax.cond(is_due, measure, lambda: _varying_like(before.vector, arrays))
+    return RecordedStatistics(before.names, vector, jnp.where(is_due, update, before.update))
+
+
+def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
+    """``x`` as what a loop or a branch over ``arrays`` carries: inside ``jax.shard_map``, varying over their axes."""
+    missing = frozenset[str]().union(*map(_manual_axes, arrays)) - _manual_axes(x)
+    if not missing:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        varying: jax.Array = jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
+    else:  # JAX before 0.9
+        varying = jax.lax.pvary(x, tuple(sorted(missing)))  # type: ignore[attr-defined, unused-ignore]
+    return varying
+
+
+def _manual_axes(x: Any) -> frozenset[str]:
+    """The axes of a mesh over which ``x`` varies inside ``jax.shard_map``; none in a JAX without such types."""
+    aval = getattr(x, "aval", None)
+    axes: frozenset[str] = getattr(
+        getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset())
+    )
+    return axes
 
 
 # --- Where the state is, and what its leaves are called ------------------------------------------------------
@@ -756,7 +783,7 @@ def _states(opt_state: optax.OptState) -> list[RMSPropState]:
             "an optimizer of rmsprop_jax returned (of optax.chain all of it), and restore a checkpoint into what init "
             "returns"
         )
-    return [state._replace(step=jax.tree.leaves(state.step)[0]) for state in states]
+    return [state._replace(step=next(iter(jax.tree.leaves(state.step)), None)) for state in states]
 
 
 def _per_leaf(opt_state: optax.OptState) -> dict[_Name, RMSPropState]:
@@ -799,24 +826,138 @@ def _overlay(trees: Sequence[Any], path: Any = ()) -> Any:
     return jax.tree.unflatten(structures[0], merged)
 
 
+def settings(tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params) -> dict[str, Settings]:
+    """What the RMSProp of each parameter divides and multiplies with: its ``lr``, ``eps`` and ``eps_in_sqrt``.
+
+    Args:
+      tx: as in :func:`denominator`, as are all others.
+      opt_state: the state after an update. Schedules are read where that update read them.
+      params: the parameters.
+
+    Returns:
+      :class:`rmsprop_jax.transform.Settings` by the path of the leaf, as in :func:`statistics`.
+
+    Raises:
+      ValueError: as :func:`denominator`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import diagnostics, rmsprop
+      >>> optimizer = optax.chain(optax.clip(1.0), rmsprop(lr=lambda step: 0.1 / (1 + step)))
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = optimizer.init(params)
+      >>> for _ in range(4):
+      ...     _, state = optimizer.update(params, state, params)
+      >>> print(diagnostics.settings(optimizer, state, params)["w"])
+      Settings(lr=Array(0.025, dtype=float32, weak_type=True), eps=1e-08, eps_in_sqrt=False)
+    """
+    states, found = _per_leaf(opt_state), _settings(tx, _before(opt_state), params)
+    return {_key(name): _at_step(_settings_of(found, name), state.step) for name, state in states.items()}
+
+
+def _settings(
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
+) -> dict[_Name, Settings]:
+    """What each RMSProp in ``tx`` says of the parameters it would update if it were given ``opt_state``."""
+    query = SettingsQuery()
+    stand_in = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
+    try:
+        optax.with_extra_args_support(tx).update(stand_in, opt_state, params, rmsprop_settings=query)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # What follows the RMSProp may want arguments of its own. What has not answered is missed by name later.
+        if not query.answers:
+            raise ValueError(
+                f"tx does not fit opt_state, got {shown(str(error), 200)} from it; give the transformation that the "
+                "state belongs to, all of the chain or none of it"
+            ) from error
+    found: dict[_Name, Settings] = {}
+    for state, settings in query.answers:
+        if not isinstance(state, RMSPropState):
+            raise ValueError(
+                f"tx does not fit opt_state: an RMSProp in it would get a {type(state).__name__}; give the "
+                "transformation that the state belongs to, all of the chain or none of it"
+            )
+        _check_usable(settings)
+        found |= {name: settings for name, average in _named(state.square_avg).items() if average is not None}
+    return found
+
+
+def _check_usable(settings: Settings) -> None:
+    """Raises if a number exists only inside of a branch that has been left."""
+    try:
+        jax.tree.map(lambda x: jnp.asarray(x) + 0 if isinstance(x, jax.core.Tracer) else None, settings[:2])
+    except jax.errors.UnexpectedTracerError:
+        raise ValueError(
+            "tx computes its learning rate or eps inside of a condition, where the statistics cannot see it "
+            "(inject_hyperparams inside of apply_if_finite); put record_statistics inside, around inject_hyperparams"
+        ) from None
+
+
+def _before(opt_state: optax.OptState) -> optax.OptState:
+    """``opt_state`` with the counts of injected schedules one step back, where the last update read them."""
+
+    def is_injected(x: Any) -> bool:
+        return isinstance(x, optax.InjectStatefulHyperparamsState)
+
+    def step_back(x: Any) -> Any:
+        if not is_injected(x):
+            return x
+        return x._replace(
+            hyperparams_states={
+                name: jax.tree.map(lambda count: jnp.maximum(count - 1, 0), state)
+                if getattr(state, "_fields", ()) == ("count",)  # of a plain schedule; Optax has stateful ones too
+                else state
+                for name, state in x.hyperparams_states.items()
+            },
+            inner_state=_before(x.inner_state),
+        )
+
+    return jax.tree.map(step_back, opt_state, is_leaf=is_injected)
+
+
+def _settings_of(settings: Mapping[_Name, Settings], name: _Name) -> Settings:
+    if name not in settings:
+        raise ValueError(
+            f"tx has no RMSProp for the leaf {_key(name)} of opt_state; give the transformation that the state belongs "
+            "to. (One that wraps it must pass keyword arguments on, as Optax's do.)"
+        )
+    return settings[name]
+
+
+def _leaves_after(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    updates: optax.Updates,
+    opt_state: optax.OptState,
+    params: optax.Params,
+) -> dict[str, _Leaf]:
+    """The leaves of an update that led to ``opt_state``."""
+    _states(opt_state)
+    return _leaves_of(_settings(tx, _before(opt_state), params), grads, updates, opt_state, params)
+
+
 def _leaves_of(
-    grads: optax.Updates, updates: optax.Updates, opt_state: optax.OptState, params: optax.Params, lr: Any, eps: Any
+    settings: Mapping[_Name, Settings],
+    grads: optax.Updates,
+    updates: optax.Updates,
+    opt_state: optax.OptState,
+    params: optax.Params,
 ) -> dict[str, _Leaf]:
     """Every parameter by its key, with what belongs to it."""
     arrays = {name: p for name, p in _named(params).items() if p is not None}
     states = _per_leaf(opt_state)
     averages = {name: state.square_avg for name, state in states.items()}
-    named_grads, named_updates = _named(grads), _named(updates)
-    for what, given in (("grads", named_grads), ("updates", named_updates), ("opt_state", averages)):
+    for what, given in (("grads", _contents(grads)), ("updates", _contents(updates)), ("opt_state", averages)):
         _check_like_params(what, given, arrays)
-    rates, epsilons = _numbers("lr", lr, check_learning_rate), _numbers("eps", eps, check_number)
+    named_grads, named_updates = _named(grads), _named(updates)
 
     def leaf(name: _Name, p: Any) -> _Leaf:
         g, u = _at("grads", named_grads, name), _at("updates", named_updates, name)
         if name not in states:
-            return _Leaf(g, u, p, state=None, lr=None, eps=None)
-        rate = _at_step(_at("lr", rates, name), states[name].step)
-        return _Leaf(g, u, p, states[name], rate, _at("eps", epsilons, name))
+            return _Leaf(g, u, p, state=None, lr=None, eps=(None, None))
+        now = _at_step(_settings_of(settings, name), states[name].step)
+        return _Leaf(g, u, p, states[name], now.lr, _places(now))
 
     leaves: dict[str, _Leaf] = {}
     for name, p in arrays.items():
@@ -829,7 +970,7 @@ def _leaves_of(
 
 def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_Name, Any]) -> None:
     for name, x in given.items():
-        if x is None:
+        if x is None or (name not in arrays and not _is_inexact(x)):
             continue
         if name not in arrays:
             raise ValueError(f"{what} must be like params, but has a leaf {_key(name)} and params have none there")
@@ -838,6 +979,19 @@ def _check_like_params(what: str, given: Mapping[_Name, Any], arrays: Mapping[_N
                 f"{what} must be like params, but {_key(name)} has shape {np.shape(x)} and its parameter "
                 f"{np.shape(arrays[name])}"
             )
+        kind, allowed = _kind(x), _kind(arrays[name])
+        if kind != allowed:
+            raise ValueError(
+                f"{what} must be like params, but {_key(name)} is {kind} and its parameter {allowed}; give what the "
+                "optimizer was given and returned"
+            )
+
+
+def _kind(x: Any) -> str:
+    """The kind of numbers in ``x``, in which a parameter and what belongs to it have to agree."""
+    if not _is_inexact(x):
+        return str(x.dtype) if hasattr(x, "dtype") else type(x).__name__
+    return "complex" if jnp.iscomplexobj(x) else "real"
 
 
 def _at(what: str, given: Mapping[_Name, Any], name: _Name) -> Any:
@@ -848,12 +1002,13 @@ def _at(what: str, given: Mapping[_Name, Any], name: _Name) -> Any:
     raise ValueError(f"{what} must be like params or a prefix of them, but has nothing for {_key(name)}")
 
 
-def _numbers(what: str, prefix: Any, check: Callable[[str, Any], Any]) -> dict[_Name, Any]:
-    return {_name(path): check(what, number) for path, number in jax.tree_util.tree_leaves_with_path(prefix)}
-
-
 def _named(tree: Any) -> dict[_Name, Any]:
     """The leaves by name, and ``None`` for what is none: ``None``, a mask, an integer or a function."""
+    return {name: x if _is_inexact(x) else None for name, x in _contents(tree).items()}
+
+
+def _contents(tree: Any) -> dict[_Name, Any]:
+    """What is in the leaves, by name: ``None`` in ``None`` and in a mask."""
 
     def is_leaf(x: Any) -> bool:
         # Flax's boxes, nnx.Variable (get_metadata) and those of Linen (unbox), would each add a "value" to the path.
@@ -862,7 +1017,7 @@ def _named(tree: Any) -> dict[_Name, Any]:
     named = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         contents = jax.tree.leaves(leaf)
-        named[_name(path)] = contents[0] if contents and _is_inexact(contents[0]) else None
+        named[_name(path)] = contents[0] if contents else None
     return named
 
 

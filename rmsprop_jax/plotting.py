@@ -40,7 +40,7 @@ try:
     from matplotlib.patches import Patch, Rectangle
     from matplotlib.transforms import offset_copy
 except ModuleNotFoundError as error:
-    raise ImportError("rmsprop_jax.plotting needs matplotlib: pip install 'rmsprop-jax[plots]'") from error
+    raise ImportError("rmsprop_jax.plotting needs matplotlib: pip install matplotlib") from error
 
 History: TypeAlias = Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
 
@@ -179,16 +179,16 @@ def _ratio_rows(ratios: Mapping[str, float], ax: Axes | None) -> Axes:
 
 
 def denominator(
-    opt_state: optax.OptState, eps: ArrayLike = 1e-8, *, eps_in_sqrt: bool = False, ax: Axes | None = None
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params, *, ax: Axes | None = None
 ) -> Axes:
     """Draws a histogram of what RMSProp divides by, ``√v + eps`` or ``√(v + eps)``, with ``eps`` marked in it.
 
     No denominator is smaller than the mark; those close to it are little else than ``eps``.
 
     Args:
+      tx: the transformation, which knows its eps. Where that is under the root, the mark stands at ``√eps``.
       opt_state: a state that contains an :class:`rmsprop_jax.RMSPropState`; all its elements are counted.
-      eps: as it was given to the optimizer.
-      eps_in_sqrt: as it was given to the optimizer; the mark then stands at ``√eps``.
+      params: the parameters.
       ax: where to draw; ``None`` makes a new figure.
 
     Returns:
@@ -197,25 +197,29 @@ def denominator(
 
     Raises:
       ValueError, TypeError: as :func:`rmsprop_jax.diagnostics.denominator`; also if there are no elements, or
-        ``eps`` is not one number.
+        groups of parameters have different eps.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import matplotlib.pyplot as plt
       >>> from rmsprop_jax import plotting, rmsprop
       >>> optimizer = rmsprop(eps=1e-3)
-      >>> _, state = optimizer.update(jnp.array([0.0, 1e-3, 1.0, 2.0]), optimizer.init(jnp.zeros(4)))
-      >>> ax = plotting.denominator(state, eps=1e-3)
+      >>> params = jnp.zeros(4)
+      >>> _, state = optimizer.update(jnp.array([0.0, 1e-3, 1.0, 2.0]), optimizer.init(params))
+      >>> ax = plotting.denominator(optimizer, state, params)
       >>> print(ax.texts[0].get_text())
       eps = 0.001
       exceeds √v in 50 % of elements
       >>> plt.close()
     """
-    number = _numbers("eps", eps, 0)
-    tree = diagnostics.denominator(opt_state, eps, eps_in_sqrt=eps_in_sqrt)
+    tree = diagnostics.denominator(tx, opt_state, params)
     values = np.concatenate([np.empty(0), *(_real_parts(leaf) for leaf in jax.tree.leaves(tree))])
     if not values.size:
         raise ValueError("opt_state must have elements to count, got a state of no parameters")
+    found = {(float(x.eps), x.eps_in_sqrt) for x in diagnostics.settings(tx, opt_state, params).values()}
+    if len(found) > 1:
+        raise ValueError(f"tx must have one eps for all parameters, got {sorted(found)}; draw one group at a time")
+    ((number, eps_in_sqrt),) = found
     shown = values[np.isfinite(values) & (values > 0)]
     power = 0.5 if eps_in_sqrt else 1.0
     mark = float(number) ** power

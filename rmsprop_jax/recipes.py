@@ -243,7 +243,7 @@ def mobilenet_v3(steps_per_epoch: int) -> GradientTransformationExtraArgs:
 
 
 @explain_arguments
-def inception_v3(steps_per_epoch: int, momentum: float) -> GradientTransformationExtraArgs:
+def inception_v3(steps_per_epoch: int, momentum: optax.ScalarOrSchedule) -> GradientTransformationExtraArgs:
     """Inception-v3: TensorFlow's RMSProp with epsilon 1.0, decay 0.9, learning rate 0.045 × 0.94 per 2 epochs.
 
     The paper states no ``momentum`` (its authors' later code has 0.9), and a clipping threshold of 2.0 without its

@@ -507,7 +507,10 @@ def _put(step: jax.Array, sharding: Sharding) -> jax.Array:
 
 def _is_function(mask: Any) -> bool:
     """Whether a mask is a function of the parameters. As in Optax, a tree is a mask, even one with ``__call__``."""
-    leaves = jax.tree.leaves(mask)
+    try:
+        leaves = jax.tree.leaves(mask)
+    except SystemError:  # so JAX says that a tree is nested too deeply
+        return False
     return isinstance(mask, jax.tree_util.Partial) or (bool(leaves) and all(callable(leaf) for leaf in leaves))
 
 
@@ -533,6 +536,7 @@ def _decayed(params: optax.Params | None, mask: Any) -> optax.Params:
 # --- The public transformations --------------------------------------------------------------------------
 
 
+@explain_arguments
 def scale_by_rmsprop(
     alpha: optax.ScalarOrSchedule = 0.99,
     eps: optax.ScalarOrSchedule = 1e-8,
@@ -813,7 +817,11 @@ def _check_prefix(name: str, prefix: Any, params: optax.Params) -> None:
         jax.tree.map(lambda *_: None, prefix, params)
     except ValueError:
         difference = _first_difference(name, prefix, "params", params, "counterpart")
-        raise ValueError(f"{name} must be like params or a prefix of it, but {difference}") from None
+    except SystemError:  # so JAX says that a tree is nested too deeply
+        difference = f"it is nested deeper than params: {shown(prefix)}"
+    else:
+        return
+    raise ValueError(f"{name} must be like params or a prefix of it, but {difference}") from None
 
 
 def _first_difference(prefix_name: str, prefix: Any, name: str, tree: Any, part: str) -> str:
@@ -828,7 +836,10 @@ def _first_difference(prefix_name: str, prefix: Any, name: str, tree: Any, part:
     for path in given:
         if path not in reached:
             return f"{prefix_name}{jax.tree_util.keystr(path)} has no counterpart in {name}"
-    return f"{shown(jax.tree.structure(prefix), 200)} is not {shown(jax.tree.structure(tree), 200)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prefix, is_leaf=_is_none):
+        if leaf is None and path not in expected:
+            return f"{prefix_name}{jax.tree_util.keystr(path)} is None"
+    return f"{shown(jax.tree.structure(prefix), 120)} is not {shown(jax.tree.structure(tree), 120)}"
 
 
 def _check_columns(

@@ -26,6 +26,7 @@ TOLERANCE = 2e-6  # of sums of some dozen float32 numbers; 4e-7 was the largest 
 class Update(NamedTuple):
     """What the functions under test take, in their order."""
 
+    tx: Any
     grads: Any
     updates: Any
     state: Any
@@ -52,7 +53,7 @@ def after(tx: optax.GradientTransformation, steps: int = 3, make: Callable[[int]
     for step in range(steps):
         grads = jax.tree.map(spread, make(step // 8))
         updates, new = tx.update(grads, state, params)
-        last, state = Update(grads, updates, new, params), new
+        last, state = Update(tx, grads, updates, new, params), new
         params = optax.apply_updates(params, updates)
     return last
 
@@ -116,15 +117,15 @@ def assert_written_out(
 def test_statistics_are_the_formulas(centered: bool, eps_in_sqrt: bool, eps: float) -> None:
     scaling = scale_by_rmsprop(0.9, eps, 0.5, centered, eps_in_sqrt=eps_in_sqrt)
     last = after(optax.chain(scaling, optax.scale(-0.03)))
-    found = statistics(*last, lr=0.03, eps=eps, eps_in_sqrt=eps_in_sqrt)
-    assert_written_out(found, last, last.state[0], 0.03, eps, eps_in_sqrt)
+    found = statistics(*last)
+    assert_written_out(found, last, last.state[0], 1.0, eps, eps_in_sqrt)
     assert 0.1 < found["total/eps_share"] < 0.9
     assert 0.1 < found["total/never_updated"] < 0.9
 
 
 def test_statistics_are_the_formulas_in_float64(x64: None) -> None:
     last = after(rmsprop(0.03), make=lambda seed: jax.tree.map(lambda x: x.astype(jnp.float64), tree(seed)))
-    assert_written_out(statistics(*last, lr=0.03), last, last.state, 0.03, 1e-8)
+    assert_written_out(statistics(*last), last, last.state, 0.03, 1e-8)
 
 
 def test_defaults_are_those_of_rmsprop() -> None:
@@ -136,8 +137,9 @@ def test_defaults_are_those_of_rmsprop() -> None:
 def test_quantiles_are_elements_at_exact_ranks(size: int) -> None:
     v = np.random.default_rng(size).lognormal(sigma=5, size=size).astype(np.float32)
     state = RMSPropState(jnp.ones((), jnp.int32), jnp.asarray(v), None, None)
-    found = statistics(v, v, state, v, lr=1.0, eps=0.0)
-    rates = np.sort(np.asarray(effective_learning_rate(state, 1.0, 0.0)))
+    tx = rmsprop(1.0, eps=0.0)
+    found = statistics(tx, v, v, state, v)
+    rates = np.sort(np.asarray(effective_learning_rate(tx, state, v)))
     for percent in (5, 50, 95):
         value = found[f"params/lr_{percent}"]
         if size == 0:
@@ -150,7 +152,8 @@ def test_quantiles_are_elements_at_exact_ranks(size: int) -> None:
 
 def test_not_a_number_ranks_above_all_numbers() -> None:
     v = jnp.array([4.0, jnp.nan, 1.0, -jnp.nan, 16.0])
-    found = statistics(v, v, RMSPropState(jnp.ones((), jnp.int32), v, None, None), v, lr=1.0, eps=0.0)
+    state = RMSPropState(jnp.ones((), jnp.int32), v, None, None)
+    found = statistics(rmsprop(1.0, eps=0.0), v, v, state, v)
     assert found["params/lr_5"] == 0.25
     assert found["params/lr_50"] == 1.0
     assert np.isnan(found["params/lr_95"])
@@ -160,36 +163,36 @@ def test_nonfinite_counts_gradient_update_and_parameter_once() -> None:
     g = jnp.array([jnp.nan, 1, 1, jnp.inf, 1, 1, 1, 1])
     u = jnp.array([1, -jnp.inf, 1, 1, 1, 1, 1, 1])
     p = jnp.array([jnp.nan, 1, jnp.nan, 1, 1, 1, 1, 1])
-    found = statistics(g, u, rmsprop().init(p), p)
+    found = statistics(rmsprop(), g, u, rmsprop().init(p), p)
     assert found["params/nonfinite"] == 0.5
 
 
 def test_rms_neither_overflows_nor_underflows() -> None:
     tiny, huge = jnp.array([3e-30, 4e-30]), jnp.array([3e30, 4e30])
-    found = statistics(tiny, huge, rmsprop().init(tiny), huge)
+    found = statistics(rmsprop(), tiny, huge, rmsprop().init(tiny), huge)
     np.testing.assert_allclose(found["params/grad_rms"], np.sqrt(12.5) * 1e-30, rtol=1e-6)
     np.testing.assert_allclose(found["params/param_rms"], np.sqrt(12.5) * 1e30, rtol=1e-6)
 
 
 def test_bias_at_rest_has_update_ratio_zero() -> None:
     zero = jnp.zeros(3)
-    found = statistics(zero, zero, rmsprop().init(zero), zero)
+    found = statistics(rmsprop(), zero, zero, rmsprop().init(zero), zero)
     assert found["params/update_ratio"] == 0
     assert found["params/surprise"] == 0
-    assert np.isinf(statistics(zero, zero + 1, rmsprop().init(zero), zero)["params/update_ratio"])
+    assert np.isinf(statistics(rmsprop(), zero, zero + 1, rmsprop().init(zero), zero)["params/update_ratio"])
 
 
 @pytest.mark.parametrize("eps_in_sqrt", [False, True])
 def test_denominator_is_what_the_gradient_was_divided_by(eps_in_sqrt: bool) -> None:
     last = after(scale_by_rmsprop(0.9, 1e-3, eps_in_sqrt=eps_in_sqrt))
-    denom = denominator(last.state, 1e-3, eps_in_sqrt=eps_in_sqrt)
+    denom = denominator(last.tx, last.state, last.params)
     chex.assert_trees_all_equal_structs(denom, last.params)
     chex.assert_trees_all_close(jax.tree.map(jnp.divide, last.grads, denom), last.updates, rtol=1e-6)
 
 
 def test_effective_learning_rate_is_update_over_gradient() -> None:
     last = after(rmsprop(0.3, eps=1e-3))
-    rates = effective_learning_rate(last.state, 0.3, 1e-3)
+    rates = effective_learning_rate(last.tx, last.state, last.params)
     chex.assert_trees_all_equal_structs(rates, last.params)
     chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
 
@@ -197,17 +200,20 @@ def test_effective_learning_rate_is_update_over_gradient() -> None:
 def test_schedule_is_read_where_the_update_read_it() -> None:
     schedule = optax.piecewise_interpolate_schedule("linear", 1.0, {1: 0.5, 2: 0.1, 3: 0.7})
     last = after(rmsprop(schedule, eps=1e-3), steps=3)
-    rates = effective_learning_rate(last.state, schedule, 1e-3)
+    rates = effective_learning_rate(last.tx, last.state, last.params)
     chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
-    assert effective_learning_rate(rmsprop().init(jnp.ones(())), schedule, 1.0) == schedule(0)
+    scalar, fresh = jnp.ones(()), rmsprop(schedule, eps=1.0)
+    assert effective_learning_rate(fresh, fresh.init(scalar), scalar) == schedule(0)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
     last = after(rmsprop(0.03), make=lambda seed: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(seed)))
-    assert_written_out(statistics(*last, lr=0.03), last, last.state, 0.03, 1e-8)
+    assert_written_out(statistics(*last), last, last.state, 0.03, 1e-8)
     narrow = after(rmsprop(0.03, accumulator_dtype="bfloat16"))
-    assert_written_out(statistics(*narrow, lr=0.03), narrow, narrow.state, 0.03, 1e-8)
-    assert {x.dtype for x in jax.tree.leaves(denominator(narrow.state))} == {jnp.dtype("float32")}
+    assert_written_out(statistics(*narrow), narrow, narrow.state, 0.03, 1e-8)
+    assert {x.dtype for x in jax.tree.leaves(denominator(narrow.tx, narrow.state, narrow.params))} == {
+        jnp.dtype("float32")
+    }
 
 
 def test_complex_leaf_is_two_real_ones() -> None:
@@ -217,7 +223,7 @@ def test_complex_leaf_is_two_real_ones() -> None:
 
     def measure(g: jax.Array, p: jax.Array) -> tuple[dict[str, jax.Array], Any]:
         updates, state = tx.update(g, tx.init(p), p)
-        return statistics(g, updates, state, p, lr=0.1), effective_learning_rate(state, 0.1)
+        return statistics(tx, g, updates, state, p), effective_learning_rate(tx, state, p)
 
     real, rates = measure(g, p)
     pair, rates_of_pair = measure(jax.lax.complex(*g), jax.lax.complex(*p))
@@ -230,7 +236,7 @@ def test_missing_gradient_counts_as_zero_and_missing_parameter_not_at_all() -> N
     tx = rmsprop()
     grads = {"a": jnp.ones(2), "b": None, "none": None}
     updates, state = tx.update(grads, tx.init(params), params)
-    found = statistics(grads, updates, state, params)
+    found = statistics(tx, grads, updates, state, params)
     assert {key.rpartition("/")[0] for key in found} == {"a", "b/c", "total"}
     assert found["b/c/grad_rms"] == found["b/c/update_rms"] == 0
     assert found["b/c/never_updated"] == 1
@@ -243,14 +249,14 @@ def test_never_updated_remembers_gradients_of_long_ago() -> None:
     state = tx.init(jnp.ones(2))
     for g in (jnp.array([1.0, 0.0]), *[jnp.zeros(2)] * 20):
         updates, state = tx.update(g, state)
-    assert statistics(g, updates, state, jnp.ones(2))["params/never_updated"] == 0.5
+    assert statistics(tx, g, updates, state, jnp.ones(2))["params/never_updated"] == 0.5
 
 
 def test_never_updated_is_seen_through_another_start_if_centered() -> None:
     tx = dialects.tensorflow(0.01, centered=True)
     g = jnp.array([1.0, 0.0])
     updates, state = tx.update(g, tx.init(g), g)
-    assert statistics(g, updates, state, g, eps_in_sqrt=True)["params/never_updated"] == 0.5
+    assert statistics(tx, g, updates, state, g)["params/never_updated"] == 0.5
 
 
 def test_surprise_of_an_average_that_underflowed_is_finite() -> None:
@@ -258,15 +264,16 @@ def test_surprise_of_an_average_that_underflowed_is_finite() -> None:
     tx = rmsprop(accumulator_dtype="float16")
     updates, state = tx.update(g, tx.init(g))
     assert (state.square_avg == 0).all()
-    found = statistics(g, updates, state, g)
+    found = statistics(tx, g, updates, state, g)
     np.testing.assert_allclose(found["params/surprise"], 1e-3 / np.sqrt(2.0**-24), rtol=1e-6)
     assert found["params/never_updated"] == 0
 
 
 def test_no_leaves_give_no_error() -> None:
-    state = rmsprop().init({})
-    assert effective_learning_rate(state) == {}
-    assert statistics({}, {}, state, {})["total/grad_rms"] == 0
+    tx = rmsprop()
+    state = tx.init({})
+    assert effective_learning_rate(tx, state, {}) == {}
+    assert statistics(tx, {}, {}, state, {})["total/grad_rms"] == 0
 
 
 # --- Where the state is found ------------------------------------------------------------------------------
@@ -293,28 +300,27 @@ WRAPPED: dict[str, Callable[[], optax.GradientTransformation]] = {
 @pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED.keys())
 def test_state_is_found_however_deep(make: Callable[[], Any]) -> None:
     plain, last = after(rmsprop(0.03), steps=1), after(make(), steps=1)
-    rates, expected = (effective_learning_rate(x.state, 0.03) for x in (last, plain))
+    rates, expected = (effective_learning_rate(x.tx, x.state, x.params) for x in (last, plain))
     chex.assert_trees_all_close(rates, expected, rtol=1e-6)
-    chex.assert_trees_all_close(statistics(*last, lr=0.03), statistics(*plain, lr=0.03), rtol=TOLERANCE)
+    chex.assert_trees_all_close(statistics(*last), statistics(*plain), rtol=TOLERANCE)
 
 
 def test_lookahead_is_measured_by_its_fast_half() -> None:
     tx = optax.lookahead(rmsprop(0.03), sync_period=5, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(tree(0))
     updates, state = tx.update(tree(1), tx.init(params), params)
-    found = statistics(tree(1), updates.fast, state, params.fast, lr=0.03)
+    found = statistics(tx, tree(1), updates.fast, state, params.fast)
     assert found["total/update_rms"] > 0.1
 
 
 def test_groups_have_their_own_learning_rate_and_eps() -> None:
     groups = {"fast": rmsprop(0.3, eps=1e-2), "slow": rmsprop(lambda step: 0.001, eps=1e-3)}
     last = after(optax.partition(groups, LABELS))
-    given = dict(lr={"conv1": 0.3, "out": lambda step: 0.001}, eps={"conv1": jnp.float32(1e-2), "out": 1e-3})
-    rates = effective_learning_rate(last.state, **given)
+    rates = effective_learning_rate(last.tx, last.state, last.params)
     chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
-    found = statistics(*last, **given)
+    found = statistics(*last)
     alone = after(groups["slow"], make=lambda seed: {"out": tree(seed)["out"]})
-    expected = statistics(*alone, lr=0.001, eps=1e-3)
+    expected = statistics(*alone)
     chex.assert_trees_all_close(
         {key: x for key, x in found.items() if "out/" in key}, {key: x for key, x in expected.items() if "out/" in key}
     )
@@ -322,19 +328,19 @@ def test_groups_have_their_own_learning_rate_and_eps() -> None:
 
 def test_frozen_parameters_have_what_needs_no_state_and_no_part_in_the_total() -> None:
     last = after(optax.partition({"fast": rmsprop(0.03), "slow": optax.set_to_zero()}, LABELS))
-    found = statistics(*last, lr=0.03)
+    found = statistics(*last)
     assert {key.removeprefix("out/0/") for key in found if key.startswith("out/0/")} == NEEDS_NO_STATE
     alone = after(rmsprop(0.03), make=lambda seed: {"conv1": tree(seed)["conv1"]})
     for name in ALL:
-        chex.assert_trees_all_equal(found[f"total/{name}"], statistics(*alone, lr=0.03)[f"total/{name}"])
-    assert isinstance(denominator(last.state)["out"], optax.MaskedNode | list)
-    assert "–" in str(summary(*last, lr=0.03))
+        chex.assert_trees_all_equal(found[f"total/{name}"], statistics(*alone)[f"total/{name}"])
+    assert isinstance(denominator(last.tx, last.state, last.params)["out"], optax.MaskedNode | list)
+    assert "–" in str(summary(*last))
 
 
 def test_flax_nnx_optimizer() -> None:
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Linear(2, 1, rngs=nnx.Rngs(1)))
-    recorded = record_statistics(rmsprop(0.03, momentum=0.9), every=1, lr=0.03)
+    recorded = record_statistics(rmsprop(0.03, momentum=0.9), every=1)
     optimizer = nnx.Optimizer(model, optax.chain(optax.clip(1e6), recorded), wrt=nnx.Param)
 
     @nnx.jit
@@ -345,7 +351,7 @@ def test_flax_nnx_optimizer() -> None:
 
     for _ in range(2):
         grads, updates, before = step(model, optimizer)
-    found = statistics(grads, updates, optimizer.opt_state, before, lr=0.03)
+    found = statistics(optimizer.tx, grads, updates, optimizer.opt_state, before)
     leaves = {key.rpartition("/")[0] for key in found}
     assert leaves == {f"layers/{i}/{name}" for i in (0, 1) for name in ("kernel", "bias")} | {"total"}
     kept = optimizer.opt_state[1].statistics
@@ -353,13 +359,9 @@ def test_flax_nnx_optimizer() -> None:
     for key in found:
         np.testing.assert_allclose(kept[key], found[key], rtol=1e-6, err_msg=key)
     assert float(found["total/surprise"]) > 1
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(
-            jax.tree.leaves(x)
-            for x in (denominator(optimizer.opt_state), denominator(optimizer.opt_state[1].inner_state))
-        ),
-    )
+    whole = denominator(optimizer.tx, optimizer.opt_state, before)
+    part = denominator(recorded, optimizer.opt_state[1], before)
+    chex.assert_trees_all_equal(jax.tree.leaves(whole), jax.tree.leaves(part))
 
 
 def test_flax_nnx_partition() -> None:
@@ -373,9 +375,9 @@ def test_flax_nnx_partition() -> None:
     grads = nnx.grad(lambda model: model(jnp.ones((4, 3))).sum())(model)
     before = jax.tree.map(jnp.array, nnx.state(model, nnx.Param))
     updates = optimizer.update(model, grads)
-    found = statistics(grads, updates, optimizer.opt_state, before)
+    found = statistics(optimizer.tx, grads, updates, optimizer.opt_state, before)
     assert len(found) == 5 * len(ALL)
-    assert len(jax.tree.leaves(denominator(optimizer.opt_state))) == 4
+    assert len(jax.tree.leaves(denominator(optimizer.tx, optimizer.opt_state, before))) == 4
 
 
 def test_flax_linen_boxes_do_not_show_in_keys() -> None:
@@ -385,7 +387,11 @@ def test_flax_linen_boxes_do_not_show_in_keys() -> None:
     grads = jax.tree.map(jnp.ones_like, params)
     tx = rmsprop()
     updates, state = tx.update(grads, tx.init(params), params)
-    assert {key.rpartition("/")[0] for key in statistics(grads, updates, state, params)} == {"kernel", "bias", "total"}
+    assert {key.rpartition("/")[0] for key in statistics(tx, grads, updates, state, params)} == {
+        "kernel",
+        "bias",
+        "total",
+    }
 
 
 def test_equinox_module_and_its_functions() -> None:
@@ -394,7 +400,7 @@ def test_equinox_module_and_its_functions() -> None:
     grads = eqx.filter_grad(lambda model: jax.vmap(model)(jnp.ones((4, 2))).sum())(model)
     tx = record_statistics(rmsprop(), every=1)
     updates, state = tx.update(grads, tx.init(eqx.filter(model, eqx.is_inexact_array)), model)
-    found = statistics(grads, updates, state, model)
+    found = statistics(tx, grads, updates, state, model)
     assert "layers/0/weight/update_ratio" in found
     chex.assert_trees_all_close(dict(state.statistics), found, rtol=1e-6)
 
@@ -412,14 +418,16 @@ class Block:
 
 def test_keys_are_plain() -> None:
     params = {"a'b": [Layer(jnp.ones(2), Block(gain=jnp.ones(3)))], "value": (jnp.ones(()),)}
-    found = statistics(params, params, rmsprop().init(params), params)
+    found = statistics(rmsprop(), params, params, rmsprop().init(params), params)
     assert {key.rpartition("/")[0] for key in found} == {"a'b/0/kernel", "a'b/0/value/gain", "value/0", "total"}
-    assert "params/grad_rms" in statistics(jnp.ones(2), jnp.ones(2), rmsprop().init(jnp.ones(2)), jnp.ones(2))
+    assert "params/grad_rms" in statistics(
+        rmsprop(), jnp.ones(2), jnp.ones(2), rmsprop().init(jnp.ones(2)), jnp.ones(2)
+    )
 
 
 def test_orbax_checkpoint(tmp_path: Any) -> None:
     ocp = pytest.importorskip("orbax.checkpoint")
-    last = after(optax.chain(optax.clip(1.0), record_statistics(rmsprop(0.03), every=1, lr=0.03)))
+    last = after(optax.chain(optax.clip(1.0), record_statistics(rmsprop(0.03), every=1)))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", last.state)
         checkpointer.wait_until_finished()
@@ -431,29 +439,45 @@ def test_orbax_checkpoint(tmp_path: Any) -> None:
 # --- Errors ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("measure", [denominator, effective_learning_rate, lambda s: statistics({}, {}, s, {})])
-def test_state_without_rmsprop_is_refused(measure: Callable[[Any], Any]) -> None:
+MEASURES = [
+    denominator,
+    effective_learning_rate,
+    diagnostics.settings,
+    lambda tx, state, params: statistics(tx, params, params, state, params),
+    lambda tx, state, params: summary(tx, params, params, state, params),
+]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_state_without_rmsprop_is_refused(measure: Callable[..., Any]) -> None:
     with pytest.raises(
         ValueError, match="opt_state must contain an RMSPropState, got ScaleByAdamState without one; give"
     ):
-        measure(optax.scale_by_adam().init({}))
+        measure(optax.scale_by_adam(), optax.scale_by_adam().init({}), {})
 
 
-@pytest.mark.parametrize(
-    "measure", [denominator, effective_learning_rate, lambda s: statistics(*[tree(0)] * 2, s, tree(0))]
-)
-def test_two_states_with_the_same_leaf_are_refused(measure: Callable[[Any], Any]) -> None:
-    state = optax.chain(rmsprop(), rmsprop()).init(tree(0))
+@pytest.mark.parametrize("measure", MEASURES)
+def test_two_states_with_the_same_leaf_are_refused(measure: Callable[..., Any]) -> None:
+    tx = optax.chain(rmsprop(), rmsprop())
     with pytest.raises(ValueError, match=r"two RMSPropStates .* leaf conv1/bias; give the state of one optimizer"):
-        measure(state)
+        measure(tx, tx.init(tree(0)), tree(0))
 
 
 def test_states_of_two_models_are_refused() -> None:
+    def joined(*models: Any) -> tuple[Any, Any]:
+        """A transformation of two models, each with a part of the parameters."""
+        tx = rmsprop()
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            return updates, [tx.update(None, one, None, **extra)[1] for one in state]
+
+        return optax.GradientTransformationExtraArgs(tx.init, update), [tx.init(model) for model in models]
+
     with pytest.raises(ValueError, match="two RMSPropStates"):
-        denominator([rmsprop().init({"a": jnp.ones(2)}), rmsprop().init({"b": jnp.ones(2)})])
+        denominator(*joined({"a": jnp.ones(2)}, {"b": jnp.ones(2)}), {})
     hole = optax.MaskedNode()
     with pytest.raises(ValueError, match="two RMSPropStates that differ in the container"):
-        denominator([rmsprop().init({"a": jnp.ones(2), "b": hole}), rmsprop().init({"c": hole, "d": jnp.ones(2)})])
+        denominator(*joined({"a": jnp.ones(2), "b": hole}, {"c": hole, "d": jnp.ones(2)}), {})
 
 
 @pytest.mark.parametrize("name", ["grads", "updates", "opt_state"])
@@ -476,25 +500,13 @@ def test_missing_and_superfluous_leaves_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be like params, but has a leaf more and params have none there"):
         statistics(*last._replace(**{name: tree(0) | {"more": jnp.ones(())}}))
     with pytest.raises(ValueError, match="opt_state must be like params, but has a leaf conv1/bias"):
-        statistics({}, {}, last.state, {})
+        statistics(last.tx, {}, {}, last.state, {})
 
 
 def test_names_that_are_taken_are_refused() -> None:
     for params in ({"a": {"b": jnp.ones(1)}, "a/b": jnp.ones(1)}, {"total": jnp.ones(1)}):
         with pytest.raises(ValueError, match=r"not taken, got a second (a/b|total); rename it"):
-            statistics(params, params, rmsprop().init(params), params)
-
-
-def test_bad_numbers_are_refused() -> None:
-    state = rmsprop().init(tree(0))
-    with pytest.raises(ValueError, match="eps must be a number ≥ 0, got -1"):
-        denominator(state, -1)
-    with pytest.raises(ValueError, match="lr must be a number ≥ 0, got -1"):
-        effective_learning_rate(state, {"conv1": 0.1, "out": -1})
-    with pytest.raises(ValueError, match="lr must be like params or a prefix of them, but has nothing for out/0"):
-        effective_learning_rate(state, {"conv1": 0.1})
-    with pytest.raises(TypeError, match="eps_in_sqrt must be True or False"):
-        denominator(state, eps_in_sqrt="yes")
+            statistics(rmsprop(), params, params, rmsprop().init(params), params)
 
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, None, "10"])
@@ -506,13 +518,217 @@ def test_every_is_a_positive_whole_number(every: Any) -> None:
 def test_recording_refuses_what_cannot_be_recorded() -> None:
     with pytest.raises(ValueError, match="opt_state must contain an RMSPropState"):
         record_statistics(optax.adam(0.1)).init(tree(0))
-    with pytest.raises(ValueError, match="lr must be a number ≥ 0"):
-        record_statistics(rmsprop(), lr=-1)
-    with pytest.raises(ValueError, match="eps must be a number ≥ 0"):
-        record_statistics(rmsprop(), eps=-1)
     tx = record_statistics(rmsprop())
     with pytest.raises(ValueError, match="params must be given"):
         tx.update(tree(0), tx.init(tree(0)))
+
+
+# --- What the transformation says of itself -------------------------------------------------------------------
+
+SMALL = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5, 3.0]])}
+
+
+def small(seed: int) -> Any:
+    return jax.tree.map(lambda x: x + 0.1 * seed, SMALL)
+
+
+def assert_rates(last: Update, rates: dict[str, float], eps: dict[str, float], inside: set[str]) -> None:
+    """The rates and denominators are those of the formulas with these numbers."""
+    found = effective_learning_rate(last.tx, last.state, last.params)
+    averages = diagnostics._per_leaf(last.state)
+    for name, lr in rates.items():
+        v = np.asarray(averages[name,].square_avg, np.float64)
+        expected = lr / (np.sqrt(v + eps[name]) if name in inside else np.sqrt(v) + eps[name])
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+        assert diagnostics.settings(last.tx, last.state, last.params)[name].eps_in_sqrt == (name in inside)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_transformation_that_does_not_fit_its_state_is_refused(measure: Callable[..., Any]) -> None:
+    bare, chained = rmsprop(), optax.chain(optax.clip(1.0), rmsprop())
+    for tx, state in [(chained, bare.init(SMALL)), (optax.sgd(0.1), bare.init(SMALL))]:
+        with pytest.raises(ValueError, match=r"tx does not fit opt_state.*; give the transformation that the"):
+            measure(tx, state, SMALL)
+    for tx, state in [(bare, chained.init(SMALL)), (optax.identity(), bare.init(SMALL))]:
+        with pytest.raises(ValueError, match=r"tx (does not fit opt_state|has no RMSProp for the leaf a of)"):
+            measure(tx, state, SMALL)
+
+
+def test_what_follows_may_want_arguments_of_its_own() -> None:
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra: Any) -> Any:
+        return updates, state
+
+    picky = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    tx = optax.chain(rmsprop(0.1), picky)
+    updates, state = tx.update(SMALL, tx.init(SMALL), SMALL, value=1.0)
+    assert_rates(Update(tx, SMALL, updates, state, SMALL), {"a": 0.1, "b": 0.1}, {"a": 1e-8, "b": 1e-8}, set())
+
+
+def test_wrapper_that_drops_extra_arguments_is_refused() -> None:
+    inside = rmsprop(1e-4, eps=1e-2)
+    tx = optax.GradientTransformation(inside.init, lambda g, s, p=None: inside.update(g, s, p))
+    _, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    for measure in MEASURES:
+        with pytest.raises(ValueError, match=r"no RMSProp for the leaf a .* must pass keyword arguments on"):
+            measure(tx, state, SMALL)
+    with pytest.raises(ValueError, match="must pass keyword arguments on"):
+        record_statistics(tx).init(SMALL)
+
+
+def test_recorder_of_a_dialect_knows_its_numbers() -> None:
+    tx = record_statistics(dialects.optax(7e-4, eps=1e-5))
+    _, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    v = 0.1 * np.sort(np.abs(np.concatenate([np.ravel(x) for x in jax.tree.leaves(SMALL)])))[::-1][1] ** 2
+    np.testing.assert_allclose(state.statistics["total/lr_50"], 7e-4 / np.sqrt(v + 1e-5), rtol=1e-6)
+
+
+def test_injected_rate_that_changes_is_seen() -> None:
+    tx = record_statistics(optax.inject_hyperparams(rmsprop)(lr=0.1), every=1)
+    update = jax.jit(tx.update)
+    state = tx.init(SMALL)
+    for lr in (0.1, 0.4):
+        state.inner_state.hyperparams["lr"] = jnp.float32(lr)
+        updates, state = update(SMALL, state, SMALL)
+        last = Update(tx, SMALL, updates, state, SMALL)
+        chex.assert_trees_all_close(dict(state.statistics), statistics(*last), rtol=TOLERANCE)
+        assert_rates(last, {"a": lr, "b": lr}, {"a": 1e-8, "b": 1e-8}, set())
+        assert diagnostics.settings(tx, state, SMALL)["a"].lr == np.float32(lr)
+
+
+def test_injected_schedule_is_read_where_the_last_update_read_it() -> None:
+    last = after(
+        record_statistics(optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count)), every=1), make=small
+    )
+    assert_rates(last, {"a": 0.1 / 3, "b": 0.1 / 3}, {"a": 1e-8, "b": 1e-8}, set())
+    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+
+
+def test_each_group_has_its_own_place_of_eps() -> None:
+    groups = {"a": rmsprop(0.1, eps=1e-2), "b": dialects.keras(0.2, epsilon=3e-2)}
+    last = after(optax.partition(groups, {"a": "a", "b": "b"}), make=small)
+    assert_rates(last, {"a": 0.1, "b": 0.2}, {"a": 1e-2, "b": 3e-2}, {"b"})
+
+
+def halved(base: float, step: jax.Array) -> jax.Array:
+    return base / 2.0**step
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_schedules_may_be_pytrees_and_eps_one_of_them(compiled: bool) -> None:
+    tx = record_statistics(
+        rmsprop(jax.tree_util.Partial(halved, 0.1), eps=jax.tree_util.Partial(halved, 1e-2)), every=1
+    )
+    wrapped = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update)) if compiled else tx
+    last = after(wrapped, make=small)._replace(tx=tx)
+    assert_rates(last, {"a": 0.025, "b": 0.025}, {"a": 2.5e-3, "b": 2.5e-3}, set())
+    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+
+
+def test_rate_computed_inside_a_condition_is_refused_with_the_way_out() -> None:
+    injected = optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count))
+    outside = record_statistics(optax.apply_if_finite(injected, 3))
+    with pytest.raises(ValueError, match=r"inside of a condition.*put record_statistics inside"):
+        outside.init(SMALL)
+    with pytest.raises(jax.errors.UnexpectedTracerError):  # JAX says so at the end of the trace, in its own words
+        jax.jit(outside.init)(SMALL)
+    bare = optax.apply_if_finite(injected, 3)
+    with pytest.raises(ValueError, match=r"inside of a condition"):
+        effective_learning_rate(bare, bare.init(SMALL), SMALL)
+    inside = optax.apply_if_finite(record_statistics(injected), 3)
+    _, state = jax.jit(inside.update)(SMALL, inside.init(SMALL), SMALL)
+    assert state.inner_state.statistics["total/nonfinite"] == 0
+
+
+def test_state_without_a_count_needs_constant_numbers() -> None:
+    tx = rmsprop(0.1)
+    updates, state = tx.update(SMALL, tx.init(SMALL), SMALL)
+    bare = state._replace(step=None)
+    chex.assert_trees_all_equal(
+        statistics(tx, SMALL, updates, bare, SMALL), statistics(tx, SMALL, updates, state, SMALL)
+    )
+    with pytest.raises(ValueError, match=r"opt_state\.step is None, so the schedule of lr cannot be read"):
+        statistics(rmsprop(lambda step: 0.1), SMALL, updates, bare, SMALL)
+
+
+def test_record_comes_to_the_host_at_once_and_names_its_update() -> None:
+    tx = record_statistics(rmsprop(0.1), every=2)
+    state = tx.init(SMALL)
+    assert state.statistics.update == -1
+    for update in (0, 0, 2):
+        updates, state = tx.update(SMALL, state, SMALL)
+        assert state.statistics.update == update
+    record = jax.device_get(state.statistics)
+    assert {type(x) for x in (record.vector, record.update)} <= {np.ndarray, np.int32}
+    expected = statistics(tx, SMALL, updates, state, SMALL)
+    np.testing.assert_allclose(
+        [float(record[name]) for name in expected], [float(x) for x in expected.values()], rtol=TOLERANCE
+    )
+
+
+def all_functions(params: Any, momentum: float = 0.9, centered: bool = True) -> Any:
+    """Everything once: a first update without gradients, then one with them."""
+    tx = record_statistics(rmsprop(1e-3, momentum=momentum, centered=centered), every=1)
+    state = tx.init(params)
+    for grads in (jax.tree.map(lambda _: None, params), jax.tree.map(jnp.zeros_like, params), params):
+        updates, state = tx.update(grads, state, params)
+        found = statistics(tx, grads, updates, state, params)
+        denominator(tx, state, params), effective_learning_rate(tx, state, params)
+        summary(tx, grads, updates, state, params)
+        chex.assert_trees_all_close(dict(state.statistics), found, rtol=TOLERANCE)
+    return found
+
+
+def test_nothing_is_computed_only_to_be_thrown_away_as_not_a_number() -> None:
+    with jax.debug_nans(True):
+        all_functions({"zero": jnp.zeros(2), "one": jnp.ones((2, 2))})
+        tx, zero = rmsprop(0.0, eps=1e-8), jnp.zeros(2)
+        assert statistics(tx, zero, zero, tx.init(zero), zero)["params/update_ratio"] == 0
+    checkify = pytest.importorskip("jax.experimental.checkify")
+    tx, params = rmsprop(), {"zero": jnp.zeros(2)}
+    checked = checkify.checkify(lambda state: statistics(tx, params, params, state, params), errors=checkify.nan_checks)
+    error, _ = checked(tx.init(params))
+    error.throw()
+
+
+def test_summary_divides_no_zero_by_zero() -> None:
+    tx, params = rmsprop(1e-3, eps=0.0, centered=True), jnp.zeros(2)
+    with jax.debug_nans(True):
+        assert summary(tx, params, params, tx.init(params), params).remarks == ()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16", "float32", "complex64"])
+def test_every_dtype_works_under_strict_promotion(dtype: str) -> None:
+    params = {"w": jnp.ones((2, 2), jnp.float32).astype(dtype), "b": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("strict"):
+        found = all_functions(params, momentum=0.0, centered=False)
+    half = 0.5 if dtype == "complex64" else 1.0
+    np.testing.assert_allclose(found["w/param_rms"], np.sqrt(half), rtol=1e-6)
+
+
+def test_leaves_of_two_widths_work_under_strict_promotion(x64: None) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        all_functions({"w": jnp.ones(2, jnp.float64), "b": jnp.ones(2, jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("name", ["grads", "updates"])
+@pytest.mark.parametrize(("dtype", "kind"), [("complex64", "complex"), ("int32", "int32"), ("bool", "bool")])
+def test_wrong_kind_of_number_is_named(name: str, dtype: str, kind: str) -> None:
+    tx = rmsprop()
+    last = Update(tx, SMALL, SMALL, tx.init(SMALL), SMALL)
+    wrong = SMALL | {"b": jnp.ones((1, 2), dtype)}
+    for measure in (statistics, summary):
+        with pytest.raises(ValueError, match=f"{name} must be like params, but b is {kind} and its parameter real"):
+            measure(*last._replace(**{name: wrong}))
+    with pytest.raises(ValueError, match="opt_state must be like params, but b is complex and its parameter real"):
+        statistics(*last._replace(state=tx.init(SMALL | {"b": jnp.ones((1, 2), "complex64")})))
+
+
+def test_integers_that_are_no_parameters_are_left_out() -> None:
+    params = {"w": jnp.ones(2), "count": 3}
+    tx = rmsprop()
+    updates, state = tx.update({"w": jnp.ones(2), "count": None}, tx.init(params), params)
+    found = statistics(tx, {"w": jnp.ones(2), "count": np.zeros((), jax.dtypes.float0)}, updates, state, params)
+    assert {key.rpartition("/")[0] for key in found} == {"w", "total"}
 
 
 # --- Compiled ----------------------------------------------------------------------------------------------
@@ -521,14 +737,14 @@ def test_recording_refuses_what_cannot_be_recorded() -> None:
 def test_statistics_inside_jit_scan_and_vmap_are_those_outside() -> None:
     tx = rmsprop(0.03, momentum=0.5)
     last = after(tx)
-    expected = statistics(*last, lr=0.03)
-    jitted = jax.jit(chex.assert_max_traces(lambda *last: statistics(*last, lr=0.03), 1))
+    expected = statistics(*last)
+    jitted = jax.jit(chex.assert_max_traces(lambda *last: statistics(tx, *last), 1))
     for _ in range(2):
-        chex.assert_trees_all_close(jitted(*last), expected, rtol=TOLERANCE)
-    twice = jax.tree.map(lambda x: jnp.stack([x, x]), last)
+        chex.assert_trees_all_close(jitted(*last[1:]), expected, rtol=TOLERANCE)
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]), last[1:])
     for together in (
-        jax.vmap(lambda last: statistics(*last, lr=0.03))(twice),
-        jax.lax.scan(lambda _, last: (None, statistics(*last, lr=0.03)), None, twice)[1],
+        jax.vmap(lambda last: statistics(tx, *last))(twice),
+        jax.lax.scan(lambda _, last: (None, statistics(tx, *last)), None, twice)[1],
     ):
         chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], together), expected, rtol=TOLERANCE)
     chex.clear_trace_counter()
@@ -536,10 +752,14 @@ def test_statistics_inside_jit_scan_and_vmap_are_those_outside() -> None:
 
 def test_learning_rate_and_eps_may_be_traced() -> None:
     last = after(rmsprop(0.03))
-    traced = jax.vmap(lambda lr, eps: statistics(*last, lr=lr, eps=eps))(jnp.array([0.1, 0.2]), jnp.array([1e-3, 1e-2]))
+
+    def measure(lr: Any, eps: Any) -> dict[str, jax.Array]:
+        return statistics(rmsprop(lr, eps=eps), *last[1:])
+
+    traced = jax.vmap(measure)(jnp.array([0.1, 0.2]), jnp.array([1e-3, 1e-2]))
     for i, (lr, eps) in enumerate([(0.1, 1e-3), (0.2, 1e-2)]):
         one = jax.tree.map(lambda x, i=i: x[i], traced)
-        chex.assert_trees_all_close(one, statistics(*last, lr=lr, eps=eps), rtol=TOLERANCE)
+        chex.assert_trees_all_close(one, measure(lr, eps), rtol=TOLERANCE)
 
 
 def test_other_numbers_find_the_compiled_program() -> None:
@@ -547,7 +767,7 @@ def test_other_numbers_find_the_compiled_program() -> None:
     statistics(*last)
     before = diagnostics._statistics._cache_size()
     for lr in (0.1, 1, jnp.float32(0.2), lambda step: 0.3):
-        statistics(*last, lr=lr, eps=1e-5)
+        statistics(rmsprop(lr, eps=1e-5), *last[1:])
     assert diagnostics._statistics._cache_size() <= before + 1  # a Python number is weakly typed
 
 
@@ -555,7 +775,7 @@ def recorded_run(tx: optax.GradientTransformation, steps: int, update: Any = Non
     params, state, history = tree(99), tx.init(tree(99)), []
     for step in range(steps):
         updates, new = (update or tx.update)(tree(step), state, params)
-        history.append((Update(tree(step), updates, new.inner_state, params), new))
+        history.append((Update(tx, tree(step), updates, new, params), new))
         params, state = optax.apply_updates(params, updates), new
     return history
 
@@ -564,11 +784,11 @@ def recorded_run(tx: optax.GradientTransformation, steps: int, update: Any = Non
 @pytest.mark.parametrize("every", [1, 3])
 def test_recorded_are_the_statistics_of_every_so_many_updates(every: int, compiled: bool) -> None:
     schedule = optax.linear_schedule(0.1, 0.0, 10)
-    tx = record_statistics(rmsprop(schedule, momentum=0.9), every, lr=schedule)
+    tx = record_statistics(rmsprop(schedule, momentum=0.9), every)
     update = jax.jit(chex.assert_max_traces(tx.update, 1)) if compiled else tx.update
     history = recorded_run(tx, 8, update)
     for step, (_, state) in enumerate(history):
-        expected = statistics(*history[step - step % every][0], lr=schedule)
+        expected = statistics(*history[step - step % every][0])
         assert set(state.statistics) == set(expected)
         assert len(state.statistics) == len(expected)
         chex.assert_trees_all_close(dict(state.statistics), expected, rtol=TOLERANCE)
@@ -581,11 +801,11 @@ def test_recorded_are_the_statistics_of_every_so_many_updates(every: int, compil
 def test_recording_changes_no_update() -> None:
     plain, params = rmsprop(0.03, weight_decay=0.1, momentum=0.9), tree(99)
     state = plain.init(params)
-    for step, (last, _) in enumerate(recorded_run(record_statistics(plain, 2, lr=0.03), 5)):
+    for step, (last, _) in enumerate(recorded_run(record_statistics(plain, 2), 5)):
         updates, state = plain.update(tree(step), state, params)
         params = optax.apply_updates(params, updates)
         chex.assert_trees_all_equal(last.updates, updates)
-        chex.assert_trees_all_equal(last.state, state)
+        chex.assert_trees_all_equal(last.state.inner_state, state)
 
 
 def test_nothing_is_computed_between_records() -> None:
@@ -626,7 +846,7 @@ def test_state_keeps_structure_shapes_and_types_and_its_buffers_are_donated() ->
 
 
 def test_recorded_history_of_a_scan_maps_keys_to_arrays() -> None:
-    tx = record_statistics(rmsprop(0.03), 1, lr=0.03)
+    tx = record_statistics(rmsprop(0.03), 1)
 
     def step(carry: Any, seed: Any) -> Any:
         params, state = carry
@@ -640,7 +860,7 @@ def test_recorded_history_of_a_scan_maps_keys_to_arrays() -> None:
 
 def test_vmap_over_learning_rates_records_each() -> None:
     def train(lr: jax.Array) -> Any:
-        tx = record_statistics(rmsprop(lr), 2, lr=lr)
+        tx = record_statistics(rmsprop(lr), 2)
         _, state = tx.update(tree(1), tx.init(tree(0)), tree(0))
         return state.statistics
 
@@ -675,20 +895,21 @@ def test_derivatives_through_recorded_updates_are_those_without() -> None:
     expected = slope(lambda tx: tx)
     assert abs(expected) > 1
     for every in (1, 2):
-        found = slope(lambda tx, every=every: record_statistics(tx, every, lr=0.03))
+        found = slope(lambda tx, every=every: record_statistics(tx, every))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_extra_arguments_reach_the_transformation_inside() -> None:
     seen = []
 
-    def update(updates: Any, state: Any, params: Any = None, *, value: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra: Any) -> Any:
         seen.append(value)
-        return rmsprop().update(updates, state, params)
+        return rmsprop().update(updates, state, params, **extra)
 
     tx = record_statistics(optax.GradientTransformationExtraArgs(rmsprop().init, update))
     tx.update(tree(0), tx.init(tree(0)), tree(0), value=3)
-    assert seen == [3]
+    assert seen[-1] == 3
+    assert set(seen[:-1]) <= {None, 3}
 
 
 def test_recording_of_sharded_parameters_compiles_once_and_gathers_nothing() -> None:
@@ -717,6 +938,67 @@ np.testing.assert_allclose(state.statistics.vector, expected.statistics.vector, 
 """
 
 
+def test_recorder_is_carried_by_a_loop_inside_shard_map() -> None:
+    if not hasattr(jax, "shard_map") or not hasattr(jax, "typeof"):
+        pytest.skip("this JAX has no varying types")
+    in_fresh_process(SHARD_MAPPED, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+SHARD_MAPPED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from rmsprop_jax import rmsprop
+from rmsprop_jax.diagnostics import record_statistics, statistics
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+tx = record_statistics(rmsprop(), 2)
+
+def train(params):
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params)
+        return (params + updates, state), state.statistics
+    (_, state), history = jax.lax.scan(step, (params, tx.init(params)), None, length=3)
+    return history["total/grad_rms"][None], state.statistics.vector[None]
+
+params = jnp.arange(1.0, 17.0)
+history, last = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(params)
+np.testing.assert_allclose(history[:, 0], np.sqrt(np.mean(np.square(params.reshape(8, 2)), 1)), rtol=1e-6)
+assert last.shape[0] == 8 and np.isfinite(last).all()
+"""
+
+
+def test_explicit_mesh_with_arrays_sharded_along_the_last_axis() -> None:
+    if not hasattr(jax.sharding, "AxisType"):
+        pytest.skip("this JAX has no explicit axes")
+    in_fresh_process(EXPLICIT, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+EXPLICIT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from rmsprop_jax import rmsprop
+from rmsprop_jax.diagnostics import denominator, effective_learning_rate, record_statistics, statistics, summary
+
+mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+whole = {"w": jnp.linspace(-1, 1, 32 * 8).reshape(32, 8), "c": jnp.ones((4, 8), "complex64"), "b": jnp.ones(8)}
+specs = {"w": P(None, "x"), "c": P(None, "x"), "b": P("x")}
+getattr(jax, "set_mesh", None) and jax.set_mesh(mesh) or jax.sharding.use_mesh(mesh).__enter__()
+params = {name: jax.device_put(p, NamedSharding(mesh, specs[name])) for name, p in whole.items()}
+tx = record_statistics(rmsprop(centered=True, momentum=0.9), 2)
+state = tx.init(params)
+updates, state = jax.jit(tx.update)(params, state, params)
+found = statistics(tx, params, updates, state, params)
+host = jax.device_get((updates, state))
+expected = statistics(tx, jax.device_get(params), host[0], host[1], jax.device_get(params))
+for name in expected:
+    np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+for function in (denominator, effective_learning_rate):
+    assert function(tx, state, params)["w"].sharding.spec == specs["w"]
+summary(tx, params, updates, state, params)
+"""
+
+
 # --- The table, and staged failures ------------------------------------------------------------------------
 
 
@@ -737,7 +1019,6 @@ def cross_entropy(params: Any, images: jax.Array, labels: jax.Array) -> jax.Arra
 def train(loss: Callable[..., Any], params: Any, batches: list[Any], at: set[int], **setting: Any) -> Any:
     """Trains with ``rmsprop(**setting)``; the summaries of the updates ``at``, and the loss before each update."""
     tx, summaries, losses = rmsprop(**setting), {}, []
-    given = {name: setting[name] for name in ("lr", "eps") if name in setting}
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any) -> Any:
@@ -750,7 +1031,7 @@ def train(loss: Callable[..., Any], params: Any, batches: list[Any], at: set[int
         value, grads, updates, state = step(params, state, batch)
         losses.append(float(value))
         if i in at:
-            summaries[i] = summary(grads, updates, state, params, **given)
+            summaries[i] = summary(tx, grads, updates, state, params)
         params = optax.apply_updates(params, updates)
     return summaries, losses
 
@@ -832,7 +1113,7 @@ def test_exploding_centered_step_is_recognised_when_eps_is_all_that_is_left() ->
     state = tx.init(params)
     for _ in range(60):
         updates, state = tx.update(params, state, params)
-    found = summary(params, updates, state, params, lr=0.01, eps=1e-6)
+    found = summary(tx, params, updates, state, params)
     assert found.statistics["params/eps_share"] == 1
     np.testing.assert_allclose(found.statistics["params/lr_50"], 0.01 / 1e-6, rtol=1e-2)
     assert causes(found) == ["centered step exploding"]
@@ -842,18 +1123,18 @@ def test_what_is_not_finite_is_named() -> None:
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     grads = {"a": jnp.ones(2), "b": jnp.array([jnp.nan, 1.0])}
     updates, state = rmsprop(1e-4).update(grads, rmsprop(1e-4).init(params), params)
-    found = summary(grads, updates, state, params, lr=1e-4)
+    found = summary(rmsprop(1e-4), grads, updates, state, params)
     assert causes(found) == ["not finite"]
     assert "NaN in b;" in found.remarks[0]
     many = {str(i): jnp.full(2, jnp.nan) for i in range(10, 18)}
-    found = summary(many, many, rmsprop().init(many), many)
+    found = summary(rmsprop(), many, many, rmsprop().init(many), many)
     assert "NaN in 10, 11, 12, 13, 14 and 3 more;" in found.remarks[0]
 
 
 def test_never_updated_elements_are_no_sign_of_a_large_eps() -> None:
     grads = jnp.array([1.0, *[0.0] * 99])
     updates, state = rmsprop(1e-3).update(grads, rmsprop().init(grads))
-    found = summary(grads, updates, state, jnp.ones(100), lr=1e-3)
+    found = summary(rmsprop(1e-3), grads, updates, state, jnp.ones(100))
     assert found.statistics["params/eps_share"] == pytest.approx(0.99)
     assert found.remarks == ()
 
@@ -861,7 +1142,7 @@ def test_never_updated_elements_are_no_sign_of_a_large_eps() -> None:
 def test_parameters_that_are_all_zero_are_no_sign_of_a_high_learning_rate() -> None:
     grads = {"w": jnp.ones(3)}
     updates, state = rmsprop(1e-3).update(grads, rmsprop().init(grads))
-    assert summary(grads, updates, state, {"w": jnp.zeros(3)}, lr=1e-3).remarks == ()
+    assert summary(rmsprop(1e-3), grads, updates, state, {"w": jnp.zeros(3)}).remarks == ()
 
 
 def test_summary_is_an_aligned_table() -> None:
@@ -869,7 +1150,7 @@ def test_summary_is_an_aligned_table() -> None:
     grads = jax.tree.map(lambda p: -p, params)
     tx = rmsprop(1e-3, alpha=0.75, momentum=0.9)
     updates, state = tx.update(grads, tx.init(params), params)
-    found = summary(grads, updates, state, params, lr=1e-3)
+    found = summary(tx, grads, updates, state, params)
     head, rule, *rows, last_rule, total = str(found).splitlines()
     assert repr(found) == str(found)
     assert len({len(line) for line in (head, rule, *rows, last_rule, total)}) == 1
@@ -879,7 +1160,7 @@ def test_summary_is_an_aligned_table() -> None:
     assert cells["kernel"] == [*sizes, *figures, "0.0%", "2", "0.0%", "0.0%"]
     assert cells["half"][:5] == ["half", "3", "3", "float32", "24 B"]
     assert cells["total"][columns.index("count") - 1] == "1,204"
-    assert found.statistics == {key: float(x) for key, x in statistics(grads, updates, state, params, lr=1e-3).items()}
+    assert found.statistics == {key: float(x) for key, x in statistics(tx, grads, updates, state, params).items()}
 
 
 class Cells(html.parser.HTMLParser):
@@ -904,7 +1185,7 @@ class Cells(html.parser.HTMLParser):
 def test_summary_in_a_notebook_is_the_same_table_escaped() -> None:
     params = {"<b>bold</b>": jnp.ones(3)}
     updates, state = rmsprop(1.0).update(params, rmsprop(1.0).init(params), params)
-    found = summary(params, updates, state, params, lr=1.0)
+    found = summary(rmsprop(1.0), params, updates, state, params)
     page = found._repr_html_()
     cells = Cells()
     cells.feed(page)

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle, StepPatch
 from matplotlib.text import Text
 
-from rmsprop_jax import diagnostics, plotting, rmsprop
+from rmsprop_jax import diagnostics, plotting, rmsprop, scale_by_rmsprop
 
 NAN, INF = float("nan"), float("inf")
 
@@ -43,9 +43,10 @@ def bowl(params: jax.Array) -> jax.Array:
     return params[0] ** 2 + 100 * params[1] ** 2
 
 
-def state_with(square_avg: Any, eps: float = 1e-8) -> Any:
-    state = rmsprop(eps=eps).init(jnp.zeros_like(square_avg))
-    return state._replace(square_avg=jnp.asarray(square_avg))
+def with_average(square_avg: Any, **setting: Any) -> tuple[Any, Any, Any]:
+    """A transformation, a state of it with this average, and parameters."""
+    optimizer, params = scale_by_rmsprop(**setting), jnp.zeros_like(square_avg)
+    return optimizer, optimizer.init(params)._replace(square_avg=jnp.asarray(square_avg)), params
 
 
 # One call of each function, with whatever it needs.
@@ -53,7 +54,7 @@ CALLS: dict[str, Callable[..., Axes]] = {
     "effective_learning_rate": lambda **kwargs: plotting.effective_learning_rate(HISTORY, **kwargs),
     "update_ratio": lambda **kwargs: plotting.update_ratio(HISTORY, **kwargs),
     "update_ratio_rows": lambda **kwargs: plotting.update_ratio({"a/update_ratio": 0.1}, **kwargs),
-    "denominator": lambda **kwargs: plotting.denominator(state_with(np.array([1.0, 4.0])), **kwargs),
+    "denominator": lambda **kwargs: plotting.denominator(*with_average(np.array([1.0, 4.0])), **kwargs),
     "trajectory": lambda **kwargs: plotting.trajectory(bowl, {"run": np.array([[3.0, 1.0], [0.0, 0.0]])}, **kwargs),
     "dialect_fan": lambda **kwargs: plotting.dialect_fan({"torch": [3.0, 2.0], "keras": [3.0, 1.0]}, **kwargs),
     "sweep": lambda **kwargs: plotting.sweep(
@@ -339,7 +340,7 @@ def test_statistics_of_a_real_run_can_be_drawn_as_they_are() -> None:
     for _ in range(3):
         grads = jax.tree.map(lambda p: p, params)
         updates, state = optimizer.update(grads, state, params)
-        records.append(diagnostics.statistics(grads, updates, state, params, lr=0.1))
+        records.append(diagnostics.statistics(optimizer, grads, updates, state, params))
         params = optax.apply_updates(params, updates)
     drawn = by_leaf(plotting.update_ratio(records))
     assert drawn == {
@@ -348,7 +349,7 @@ def test_statistics_of_a_real_run_can_be_drawn_as_they_are() -> None:
     ax = plotting.effective_learning_rate(records, "dense/kernel")
     assert list(curves(ax)[1].get_ydata()) == [float(record["dense/kernel/lr_50"]) for record in records]
     share = 100 * records[-1]["total/eps_share"]
-    assert f"exceeds √v in {share:.3g} %" in texts(plotting.denominator(state))[0]
+    assert f"exceeds √v in {share:.3g} %" in texts(plotting.denominator(optimizer, state, params))[0]
 
 
 def test_parts_of_a_divided_figure_can_be_drawn_into() -> None:
@@ -372,7 +373,7 @@ def marks(ax: Axes) -> list[float]:
 
 def test_histogram_counts_every_element_in_its_bin(ax: Axes) -> None:
     square_avg = np.float32([1e-6, 1e-6, 1e-2, 1e2])  # roots 1e-3 twice, 0.1, 10
-    plotting.denominator(state_with(square_avg), ax=ax)
+    plotting.denominator(*with_average(square_avg), ax=ax)
     percent, edges = bars(ax)
     expected, _ = np.histogram([1e-3, 1e-3, 0.1, 10], edges)
     np.testing.assert_array_equal(percent, 25 * expected)
@@ -382,30 +383,28 @@ def test_histogram_counts_every_element_in_its_bin(ax: Axes) -> None:
 
 
 def test_eps_is_marked_where_it_limits_the_denominator(ax: Axes) -> None:
-    state = state_with(np.float32([0.0, 1e-8, 1.0, 4.0]))
-    plotting.denominator(state, eps=1e-3, ax=ax)
+    plotting.denominator(*with_average(np.float32([0.0, 1e-8, 1.0, 4.0]), eps=1e-3), ax=ax)
     assert marks(ax) == [1e-3]
     assert texts(ax) == ["eps = 0.001\nexceeds √v in 50 % of elements"]
     assert "√v + eps" in ax.get_xlabel()
 
 
 def test_eps_under_the_root_is_marked_at_its_root(ax: Axes) -> None:
-    state = state_with(np.float32([0.0, 1.5e-6, 0.5e-6, 4.0]))
-    plotting.denominator(state, eps=1e-6, eps_in_sqrt=True, ax=ax)
+    plotting.denominator(*with_average(np.float32([0.0, 1.5e-6, 0.5e-6, 4.0]), eps=1e-6, eps_in_sqrt=True), ax=ax)
     assert marks(ax) == [pytest.approx(1e-3)]
     assert texts(ax) == ["eps = 1e-06\nexceeds v in 50 % of elements"]  # of 0 and 0.5e-6
     assert "√(v + eps)" in ax.get_xlabel()
 
 
 def test_denominators_without_a_place_on_the_axis_are_counted(ax: Axes) -> None:
-    plotting.denominator(state_with(np.float32([0.0, NAN, INF, 4.0])), eps=0.0, ax=ax)
+    plotting.denominator(*with_average(np.float32([0.0, NAN, INF, 4.0]), eps=0.0), ax=ax)
     assert marks(ax) == []
     assert texts(ax) == ["3 of 4 are 0 or not finite"]
     assert bars(ax)[0].sum() == 25
 
 
 def test_a_fresh_state_is_one_bar_at_eps(ax: Axes) -> None:
-    plotting.denominator(rmsprop().init(jnp.zeros(5)), ax=ax)
+    plotting.denominator(*with_average(jnp.zeros(5)), ax=ax)
     percent, edges = bars(ax)
     (at,) = np.flatnonzero(percent)
     assert percent[at] == 100
@@ -415,18 +414,37 @@ def test_a_fresh_state_is_one_bar_at_eps(ax: Axes) -> None:
 
 def test_all_leaves_are_counted_and_complex_elements_as_two(ax: Axes) -> None:
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1, jnp.complex64)}
-    state = rmsprop().init(params)
+    optimizer = optax.chain(optax.identity(), rmsprop())
+    empty, state = optimizer.init(params)
     state = state._replace(square_avg={"a": jnp.array([1.0, 4.0]), "b": jnp.array([9.0 + 16.0j])})
-    plotting.denominator((optax.EmptyState(), state), ax=ax)
+    plotting.denominator(optimizer, (empty, state), params, ax=ax)
     percent, edges = bars(ax)
     np.testing.assert_array_equal(percent, 25 * np.histogram([1, 2, 3, 4], edges)[0])
 
 
 def test_a_state_without_elements_or_with_many_eps_is_refused() -> None:
     with pytest.raises(ValueError, match="opt_state must have elements to count"):
-        plotting.denominator(rmsprop().init({}))
-    with pytest.raises(TypeError, match="eps must be one real number, got dict"):
-        plotting.denominator(rmsprop().init({"a": jnp.zeros(2)}), eps={"a": 1e-3})
+        plotting.denominator(rmsprop(), rmsprop().init({}), {})
+    groups = {"a": rmsprop(eps=1e-3), "b": scale_by_rmsprop(eps=1e-3, eps_in_sqrt=True)}
+    optimizer, params = optax.partition(groups, {"a": "a", "b": "b"}), {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=r"tx must have one eps for all parameters, got .*; draw one group at a time"):
+        plotting.denominator(optimizer, optimizer.init(params), params)
+
+
+def test_groups_with_one_eps_are_drawn_together(ax: Axes) -> None:
+    optimizer = optax.partition({"a": rmsprop(0.1, eps=1e-3), "b": rmsprop(0.2, eps=1e-3)}, {"a": "a", "b": "b"})
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
+    plotting.denominator(optimizer, optimizer.init(params), params, ax=ax)
+    assert texts(ax) == ["eps = 0.001\nexceeds √v in 100 % of elements"]
+
+
+def test_eps_of_a_schedule_is_marked_where_the_last_update_read_it(ax: Axes) -> None:
+    optimizer, params = rmsprop(eps=lambda step: 0.25 / (1 + step)), jnp.ones(2)
+    state = optimizer.init(params)
+    for _ in range(2):
+        _, state = optimizer.update(params, state, params)
+    plotting.denominator(optimizer, state, params, ax=ax)
+    assert marks(ax) == [0.125]
 
 
 # --- The trajectory --------------------------------------------------------------------------------------

@@ -1152,6 +1152,19 @@ def test_two_states_of_the_same_parameters_are_refused(everything: tuple[Any, di
         to_torch((state, state), NAMES, from_params, like=like, tensor=torch.from_numpy)
 
 
+@pytest.mark.parametrize(("dtype", "cast"), [("float64", lambda x: np.asarray(x, np.float32)), ("complex64", np.real)])
+def test_cast_of_a_wide_or_complex_leaf_is_refused(x64: None, dtype: str, cast: Callable[[Any], Any]) -> None:
+    state = rmsprop().init({"w": jnp.ones(3, dtype), "b": jnp.ones(2, "float32")})
+    settings = dict(lr=0.1, alpha=0.9, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False)
+    like = {"state": {}, "param_groups": [{"params": [0, 1], **settings}]}
+
+    def named(tree: Any) -> dict[str, Any]:
+        return tree | {"w": cast(tree["w"])}
+
+    with pytest.raises(ValueError, match=r"^from_params makes 'w' float32; it may only rearrange, not cast"):
+        to_torch(state, ["w", "b"], named, like=like, tensor=torch.from_numpy)
+
+
 @pytest.mark.parametrize("step", [5, np.int64(5), jnp.int16(5)])
 def test_step_of_another_width_is_carried_over(step: Any, everything: tuple[Any, dict[str, Any]]) -> None:
     state, like = everything

@@ -1,0 +1,397 @@
+"""Translation of one dialect into another where numbers are arrays, tracers or schedules, and what it refuses."""
+
+import functools
+import math
+import pickle
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rmsprop_jax import RMSPropState, dialects, rmsprop
+
+DIALECTS = tuple(dialects.DIALECTS)
+PAIRS = [(source, target) for source in DIALECTS for target in DIALECTS if "torch" in (source, target)]
+# Exact in every dtype, and so are the square and the root of eps.
+NUMBERS = {"lr": 0.25, "alpha": 0.5, "eps": 0.0625, "momentum": 0.5}
+
+
+def setting(source: str, **numbers: Any) -> dict[str, Any]:
+    """In the words of ``source``."""
+    names = dialects.DIALECTS[source].names
+    return {names[name]: number for name, number in (NUMBERS | numbers).items()}
+
+
+def run(tx: optax.GradientTransformation, steps: int = 3) -> np.ndarray:
+    state, updates = tx.init(jnp.zeros(3)), []
+    for g in np.random.default_rng(0).normal(size=(steps, 3)).astype(np.float32):
+        update, state = tx.update(jnp.asarray(g), state)
+        updates.append(update)
+    return np.stack(updates)
+
+
+def constant(number: float, step: Any) -> float:
+    return number
+
+
+# --- Numbers of any kind -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize("kind", ["schedule", "ndarray", "array"])
+def test_schedules_and_arrays_are_translated_as_the_number_that_they_hold(source: str, target: str, kind: str) -> None:
+    make = {
+        "schedule": lambda number: functools.partial(constant, number),
+        "ndarray": lambda number: np.array(number, np.float16) if number == 0.25 else np.array(number),
+        "array": lambda number: jnp.array(number, jnp.float32),
+    }[kind]
+    expected = dialects.translate(source, target, **setting(source))
+    port = dialects.translate(source, target, **setting(source, **{name: make(x) for name, x in NUMBERS.items()}))
+    np.testing.assert_array_equal(run(port.build()), run(expected.build()))
+    assert len(port.notes) >= len(expected.notes)
+    names = dialects.DIALECTS[target].names
+    for name in NUMBERS:
+        given = port.arguments[names[name]]
+        value = given(jnp.int32(0)) if kind == "schedule" else given
+        assert float(value) == expected.arguments[names[name]]
+
+
+@pytest.mark.parametrize(("source", "target"), [("torch", "keras"), ("keras", "torch")])
+def test_tracers_are_translated_inside_jit(source: str, target: str) -> None:
+    @jax.jit
+    def first_update(numbers: dict[str, jax.Array]) -> jax.Array:
+        tx = dialects.translate(source, target, **setting(source, **numbers)).build()
+        return tx.update(jnp.ones(3), tx.init(jnp.zeros(3)))[0]
+
+    expected = dialects.translate(source, target, **setting(source)).build()
+    got = first_update({name: jnp.float32(number) for name, number in NUMBERS.items()})
+    np.testing.assert_allclose(got, expected.update(jnp.ones(3), expected.init(jnp.zeros(3)))[0], rtol=1e-6)
+
+
+def test_schedule_of_eps_becomes_the_schedule_of_its_square_and_of_its_root() -> None:
+    def eps(step: Any) -> Any:
+        return 0.25 * (1 + step)
+
+    square = dialects.translate("torch", "keras", eps=eps).arguments["epsilon"]
+    root = dialects.translate("keras", "torch", epsilon=eps).arguments["eps"]
+    assert [float(square(jnp.int32(step))) for step in (0, 1, 3)] == [0.0625, 0.25, 1.0]
+    assert [float(root(jnp.int32(step))) for step in (0, 3, 15)] == [0.5, 1.0, 2.0]
+    assert dialects.translate("keras", "tensorflow", learning_rate=0.1, epsilon=eps).arguments["epsilon"] is eps
+
+
+@pytest.mark.parametrize(("source", "target", "name"), [("torch", "keras", "eps"), ("keras", "torch", "epsilon")])
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, "0.1", None])
+def test_schedule_of_eps_is_checked_before_it_is_squared(source: str, target: str, name: str, wrong: Any) -> None:
+    port = dialects.translate(source, target, **{name: lambda step: wrong})
+    with pytest.raises((TypeError, ValueError), match=rf"^the schedule of {name} must be a number ≥ 0"):
+        run(port.build())
+
+
+def test_translated_schedule_can_be_pickled() -> None:
+    port = dialects.translate("torch", "keras", eps=functools.partial(constant, 0.5))
+    assert pickle.loads(pickle.dumps(port)).arguments["epsilon"](0) == 0.25
+
+
+@pytest.mark.parametrize(
+    "eps", [np.float16(1e-4), np.array(1e-4, np.float16), jnp.float16(1e-4), jnp.bfloat16(1e-4), Fraction(1, 10_000)]
+)
+def test_square_of_eps_is_not_rounded_to_half_precision(eps: Any) -> None:
+    """In float16 the square of 1e-4 is 0."""
+    port = dialects.translate("torch", "keras", eps=eps)
+    np.testing.assert_allclose(float(port.arguments["epsilon"]), float(eps) ** 2, rtol=1e-6)
+    traced = jax.jit(lambda x: dialects.translate("torch", "keras", eps=x).arguments["epsilon"])(
+        eps if hasattr(eps, "dtype") else float(eps)
+    )
+    np.testing.assert_allclose(traced, float(eps) ** 2, rtol=1e-6)
+
+
+def test_integer_array_has_a_square_and_a_root() -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        assert dialects.translate("torch", "keras", eps=jnp.int32(4)).arguments["epsilon"] == 16
+        assert dialects.translate("keras", "torch", epsilon=jnp.int32(4)).arguments["eps"] == 2
+
+
+# --- eps whose square does not exist -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [float, np.array, jnp.array, lambda number: lambda step: number])
+@pytest.mark.parametrize("eps", [1e-20, 1e20])
+def test_eps_whose_square_float32_cannot_hold_is_refused(make: Callable[[float], Any], eps: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"^eps must be 0 or from 1.1e-19 to 1.8e19 where its square goes under the root"
+    ):
+        run(dialects.translate("torch", "keras", eps=make(eps)).build())
+    with pytest.raises(ValueError, match=r"^eps must be 0 or from"):
+        dialects.translate("optax", "keras", learning_rate=0.1, eps=eps, eps_in_sqrt=False)
+
+
+def test_edges_of_eps_are_translated() -> None:
+    for eps in (0.0, 1.1e-19, 1.8e19, math.inf):
+        assert dialects.translate("torch", "keras", eps=eps).arguments["epsilon"] == eps**2
+    assert dialects.translate("keras", "torch", epsilon=1.2e-38).arguments["eps"] == 1.2e-38**0.5
+
+
+def test_eps_that_is_known_later_has_a_note() -> None:
+    note = "eps is not known yet: below 1.1e-19 its square, which is under the root, is 0 in float32"
+    assert note in dialects.translate("torch", "keras", eps=lambda step: 0.1).notes
+    assert note not in dialects.translate("torch", "keras", eps=jnp.float32(0.1)).notes
+    assert note not in dialects.translate("keras", "torch", epsilon=lambda step: 0.1).notes
+    notes = []
+    jax.jit(lambda x: notes.extend(dialects.translate("torch", "keras", eps=x).notes) or x)(0.1)
+    assert note in notes
+
+
+# --- Notes ---------------------------------------------------------------------------------------------------
+
+
+def start_of(port: dialects.Translation) -> str:
+    (note,) = [note for note in port.notes if "starts" in note]
+    return note
+
+
+def test_note_on_the_start_holds_for_any_alpha() -> None:
+    known = start_of(dialects.translate("torch", "timm", alpha=0.9))
+    assert known.endswith("they differ by alphaᵗ, 1 % after 44 steps; compare that with v")
+    assert start_of(dialects.translate("torch", "timm", alpha=np.float32(0.9))).endswith(
+        "1 % after 44 steps; compare that with v"
+    )
+    assert start_of(dialects.translate("torch", "timm", alpha=jnp.float32(0.9))) == known
+    assert "alphaᵗ, 1 % after 1 steps" in start_of(dialects.translate("torch", "timm", alpha=0))
+    scheduled = start_of(dialects.translate("torch", "timm", alpha=lambda step: 0.9))
+    assert scheduled.endswith("they differ by the product of all alphas so far; compare that with v")
+    traced = []
+    jax.jit(lambda x: traced.append(start_of(dialects.translate("torch", "timm", alpha=x))) or x)(0.9)
+    assert traced[0].endswith("they differ by alphaᵗ; compare that with v")
+
+
+def test_note_on_the_start_holds_for_any_start() -> None:
+    def from_optax(start: Any) -> dialects.Translation:
+        return dialects.translate("optax", "keras", learning_rate=0.1, initial_scale=start)
+
+    for start in (0.5, np.array(0.5), jnp.array(0.5), Fraction(1, 2)):
+        assert start_of(from_optax(start)).startswith(
+            "the average starts from 0.0 and not from 0.5: they differ by 0.5 · "
+        )
+    for start in (0, np.array(0.0), jnp.array(0.0)):
+        assert from_optax(start).notes == ()
+    traced = []
+    jax.jit(lambda x: traced.append(start_of(from_optax(x))) or x)(0.5)
+    assert traced[0].startswith(
+        "the average starts from another value: they differ by alphaᵗ times the difference, 1 %"
+    )
+    same = dialects.translate("optax", "optax", learning_rate=0.1, initial_scale=jnp.array(0.5))
+    assert same.notes == ()
+
+
+@pytest.mark.parametrize("momentum", [0.9, np.array(0.0), jnp.array(0.0), lambda step: 0.9])
+def test_buffer_has_a_note_where_there_is_one(momentum: Any) -> None:
+    """An array has a buffer, whatever it holds now."""
+    note = "the learning rate is in the momentum buffer: the same as long as it is constant"
+    assert note in dialects.translate("torch", "keras", momentum=momentum).notes
+    for nothing in (0, 0.0, np.float32(0), Fraction(0)):
+        assert note not in dialects.translate("torch", "keras", momentum=nothing).notes
+    assert note not in dialects.translate("torch", "stable_baselines3", momentum=momentum).notes
+
+
+@pytest.mark.parametrize("decay", [0.1, np.array(0.1), jnp.array(0.1), lambda step: 0.1, lambda step: 0.0])
+def test_decay_is_translated_or_refused(decay: Any) -> None:
+    assert dialects.translate("torch", "timm", weight_decay=decay).arguments["weight_decay"] is not None
+    for target in ("keras", "tensorflow", "optax"):
+        with pytest.raises(
+            ValueError, match=rf"^weight_decay must be 0, since target {target} has no L2 weight decay, got"
+        ):
+            dialects.translate("torch", target, weight_decay=decay)
+        for nothing in (0, np.array(0.0), jnp.array(0.0)):
+            dialects.translate("torch", target, weight_decay=nothing)
+    with pytest.raises(ValueError, match=r"^weight_decay must be 0, since target keras"):
+        jax.jit(lambda x: dialects.translate("torch", "keras", weight_decay=x) and x)(0.1)
+
+
+# --- What is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: dialects.translate("keras", "torch", lr=0.1),
+            r"keras has no argument lr; did you mean learning_rate=0.1\?",
+        ),
+        (
+            lambda: dialects.translate("torch", "keras", learning_rate=0.1),
+            r"rmsprop has no argument .*did you mean lr=0.1",
+        ),
+        (
+            lambda: dialects.translate("tensorflow", "torch", learning_rate=0.1, alpha=0.9),
+            r".*did you mean decay=0.9\?",
+        ),
+        (
+            lambda: dialects.translate("torch", "timm", weight_decay_mask={"w" * 500: True}),
+            "translate does not know weight_",
+        ),
+        (lambda: dialects.translate("torch", "timm", alpha=np.float16(0.9)), "alpha must not be float16"),
+    ],
+)
+def test_wrong_argument_has_a_hint(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{message}") as raised:
+        call()
+    assert len(str(raised.value)) < 400
+
+
+def test_what_the_target_does_not_take_is_refused_when_translated() -> None:
+    dialects.translate("torch", "keras", alpha=0.99999999)
+    with pytest.raises(ValueError, match=r"^decay in float32 must be a number in \[0, 1\), got 1"):
+        dialects.translate("torch", "tensorflow", alpha=0.99999999)
+
+
+# --- The ratio of steps --------------------------------------------------------------------------------------
+
+
+def test_ratio_reads_the_schedule_of_eps_as_the_update_does() -> None:
+    def eps(step: Any) -> Any:
+        return 0.5 ** (1.0 + step)
+
+    port = dialects.translate("torch", "keras", lr=0.25, alpha=0.5, eps=eps)
+    before = rmsprop(lr=0.25, alpha=0.5, eps=eps)
+    grads = np.ones((4, 1), np.float32)
+
+    def updates(tx: optax.GradientTransformation) -> np.ndarray:
+        state, got = tx.init(jnp.zeros(1)), []
+        for g in grads:
+            update, state = tx.update(jnp.asarray(g), state)
+            got.append(update[0])
+        return np.array(got)
+
+    ratios = port.step_ratio(1.0, np.arange(1, 5))
+    np.testing.assert_allclose(ratios, updates(port.build()) / updates(before), rtol=1e-6)
+    assert len(set(ratios)) == 4
+    assert port.step_ratio([[1.0], [2.0]], [[1, 2, 2**31]]).shape == (2, 3)
+
+
+def test_ratio_needs_to_know_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^alpha must be constant for step_ratio, got a schedule"):
+        dialects.translate("torch", "keras", alpha=lambda step: 0.9).step_ratio(1.0, 1)
+    for name in ("alpha", "eps"):
+        with pytest.raises(
+            TypeError, match=rf"^{name} must be known for step_ratio, got a tracer; call it outside jit"
+        ):
+            jax.jit(lambda x, name=name: dialects.translate("torch", "keras", **{name: x}).step_ratio(1, 1) and x)(0.5)
+    # The learning rate is the same in both.
+    jax.jit(lambda x: dialects.translate("torch", "keras", lr=x).step_ratio(1.0, 1).item() * x)(0.5)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), jnp.float32(0.5), Fraction(1, 2)])
+def test_ratio_is_that_of_the_python_number(number: Any) -> None:
+    def ratio(half: Any) -> Any:
+        return dialects.translate(
+            "optax", "torch", learning_rate=0.1, decay=half, eps=half, initial_scale=half
+        ).step_ratio(2.0, 3)
+
+    np.testing.assert_allclose(ratio(number), ratio(0.5), rtol=1e-7)
+
+
+def test_ratio_at_the_edges_is_no_nan() -> None:
+    port = dialects.translate("torch", "keras", eps=0.0)
+    np.testing.assert_array_equal(port.step_ratio([0.0, 1e-200, 1e200, math.inf], 1), np.ones(4))
+    port = dialects.translate("keras", "tensorflow", epsilon=0.0)
+    np.testing.assert_array_equal(port.step_ratio(0.0, [1, 10]), [0.0, 0.0])
+    assert dialects.translate("tensorflow", "keras", learning_rate=1, epsilon=0.0).step_ratio(0.0, 1) == math.inf
+    np.testing.assert_allclose(port.step_ratio(1.0, math.inf), 1.0)
+
+
+# --- The state of a run --------------------------------------------------------------------------------------
+
+
+def state_of(momentum: Any = 0.5, **options: Any) -> RMSPropState:
+    state: RMSPropState = rmsprop(momentum=momentum, **options).init({"w": jnp.zeros(2), "none": None})
+    buffer = None if state.momentum_buffer is None else jax.tree.map(jnp.ones_like, state.momentum_buffer)
+    return state._replace(momentum_buffer=buffer)
+
+
+RATES_OF_ZERO = [0, 0.0, np.float16(0), np.array(0.0), jnp.array(0.0), jnp.bfloat16(0), Fraction(0)]
+
+
+@pytest.mark.parametrize(
+    "lr", [*RATES_OF_ZERO, 1e-40, np.array(1e-40), 1e38, math.inf, jnp.array(jnp.inf), lambda step: 0.1]
+)
+@pytest.mark.parametrize(("source", "target"), [("torch", "keras"), ("keras", "torch")])
+def test_buffer_does_not_change_its_unit_by_a_rate_that_is_none(source: str, target: str, lr: Any) -> None:
+    port = dialects.translate(source, target, **setting(source, lr=lr))
+    with pytest.raises(
+        ValueError, match=r"^lr must be constant and not 0 \(in float32\) or infinite .*, got "
+    ) as raised:
+        port.convert_state(state_of())
+    assert len(str(raised.value)) < 200
+    # Where the unit stays, or where there is no buffer, the rate does not matter.
+    dialects.translate("torch", "stable_baselines3", lr=lr, momentum=0.5).convert_state(state_of())
+    dialects.translate("torch", "keras", lr=lr).convert_state(state_of(0.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "lr", [0.25, np.float16(0.25), np.array(0.25), jnp.bfloat16(0.25), jnp.float32(0.25), Fraction(1, 4)]
+)
+def test_buffer_changes_its_unit_in_its_own_dtype(dtype: str, lr: Any) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        state = state_of(accumulator_dtype=dtype)
+        there = dialects.translate("torch", "keras", lr=lr, momentum=0.5).convert_state(state)
+        back = dialects.translate("keras", "torch", learning_rate=lr, momentum=0.5).convert_state(there)
+        signed = dialects.translate("torch", "optax", lr=lr, momentum=0.5).convert_state(state)
+    for converted, value in ((there, 0.25), (back, 1.0), (signed, -0.25)):
+        assert converted.momentum_buffer["none"] is None
+        assert converted.momentum_buffer["w"].dtype == dtype
+        np.testing.assert_array_equal(converted.momentum_buffer["w"].astype(jnp.float32), [value, value])
+        assert converted.square_avg is state.square_avg
+
+
+def test_buffer_is_scaled_in_float32_and_as_two_real_arrays_if_complex() -> None:
+    """In bfloat16, 1 / 0.3 is 3.328, and 1.5 times that is 5."""
+    port = dialects.translate("keras", "torch", learning_rate=0.3, momentum=0.5)
+    state = state_of(accumulator_dtype="bfloat16")
+    state = state._replace(momentum_buffer={"w": jnp.array([1.5, 2.71875], jnp.bfloat16), "none": optax.MaskedNode()})
+    got = port.convert_state(state).momentum_buffer
+    np.testing.assert_array_equal(got["w"], jnp.array([1.5 / 0.3, 2.71875 / 0.3], jnp.bfloat16))
+    assert got["none"] == optax.MaskedNode()
+    odd = state._replace(momentum_buffer={"w": jnp.array([1 + 2j, complex(math.inf, 3.0)], jnp.complex64)})
+    with jax.numpy_dtype_promotion("strict"):
+        got = port.convert_state(odd).momentum_buffer["w"]
+    np.testing.assert_allclose(got.real, [1 / 0.3, math.inf], rtol=1e-6)
+    np.testing.assert_allclose(got.imag, [2 / 0.3, 3 / 0.3], rtol=1e-6)
+
+
+def test_buffer_changes_its_unit_by_a_traced_rate() -> None:
+    @jax.jit
+    def convert(lr: jax.Array, state: RMSPropState) -> RMSPropState:
+        return dialects.translate("keras", "torch", learning_rate=lr, momentum=0.5).convert_state(state)
+
+    np.testing.assert_array_equal(convert(jnp.float32(0.25), state_of()).momentum_buffer["w"], [4.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ((), TypeError, "state must be an RMSPropState, got tuple; take it out of the state of a chain"),
+        (None, TypeError, "state must be an RMSPropState, got NoneType"),
+        (state_of(0.0), ValueError, "state.momentum_buffer is None, but momentum is 0.5 in the setting that was"),
+        (state_of(centered=True), ValueError, "state.grad_avg is not None, but centered is False in the setting"),
+        (
+            state_of()._replace(momentum_buffer={"w": jnp.ones(2, jnp.int32)}),
+            TypeError,
+            r"state.momentum_buffer\['w'\] must be a floating or complex array, got Array",
+        ),
+        (
+            state_of()._replace(momentum_buffer={"w": ["x" * 30_000]}),
+            TypeError,
+            r"state.momentum_buffer\['w'\]\[0\] must be a floating or complex array, got 'xxx",
+        ),
+    ],
+)
+def test_state_of_another_setting_is_refused(state: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}") as raised:
+        dialects.translate("torch", "keras", momentum=0.5).convert_state(state)
+    assert len(str(raised.value)) < 300
