@@ -1,9 +1,15 @@
-"""RMSProp in NumPy float64, written from the published equations. Shares nothing with the package."""
+"""RMSProp in NumPy float64, written from the published equations. Shares nothing with the package.
+
+One rule with a switch for each thing in which the frameworks differ; the tests compare it with the recordings in
+``golden``, and the package with both.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Number = float | Callable[[int], float]  # a schedule is read at the number of updates so far
 
 
 class Moment(NamedTuple):
@@ -14,9 +20,6 @@ class Moment(NamedTuple):
     square_avg: np.ndarray
     grad_avg: np.ndarray
     momentum_buffer: np.ndarray
-
-
-Number = float | Callable[[int], float]  # or a schedule, a function of the number of updates so far
 
 
 def rmsprop(
@@ -33,22 +36,32 @@ def rmsprop(
     eps_in_sqrt: bool = False,
     initial_scale: float = 0.0,
     bias_correction: bool = False,
+    lr_in_buffer: bool = False,
+    nesterov: bool = False,
+    decoupled_decay: bool = False,
+    averaged_steps: bool = False,
 ) -> Iterator[Moment]:
     """The documented rule, step by step: a variance is a difference of two averages here, as in torch."""
-    numbers = dict(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
     param = np.asarray(param, np.float64)
     v, m, buffer = np.full_like(param, initial_scale), np.zeros_like(param), np.zeros_like(param)
     for t, gradient in enumerate(gradients, start=1):
-        lr, alpha, eps, weight_decay, momentum = (x(t - 1) if callable(x) else x for x in numbers.values())
+        rate, a, e, decay, mu = (_at(number, t - 1) for number in (lr, alpha, eps, weight_decay, momentum))
         g = np.asarray(gradient, np.float64)
-        g = (-g if maximize else g) + weight_decay * param
-        v = alpha * v + (1 - alpha) * g**2
-        m = alpha * m + (1 - alpha) * g
-        unbias = 1 - alpha**t if bias_correction else 1.0
+        g = (-g if maximize else g) + (0 if decoupled_decay else decay * param)
+        v = a * v + (1 - a) * g**2
+        m = a * m + (1 - a) * g
+        unbias = 1 - a**t if bias_correction else 1.0
         v_hat, m_hat = v / unbias, m / unbias
         variance = v_hat - m_hat**2 if centered else v_hat
-        denominator = np.sqrt(variance + eps) if eps_in_sqrt else np.sqrt(variance) + eps
-        buffer = momentum * buffer + g / denominator
-        update = -lr * buffer
+        step = g / (np.sqrt(variance + e) if eps_in_sqrt else np.sqrt(variance) + e)
+        step = rate * step if lr_in_buffer else step
+        buffer = mu * buffer + ((1 - mu) * step if averaged_steps else step)
+        buffer_hat = buffer / (1 - mu**t) if averaged_steps and bias_correction else buffer
+        moved = mu * buffer + step if nesterov else buffer_hat
+        update = -(moved if lr_in_buffer else rate * moved) - (rate * decay * param if decoupled_decay else 0)
         param = param + update
-        yield Moment(update, param, v_hat, m_hat, buffer)
+        yield Moment(update, param, v_hat, m_hat, buffer_hat)
+
+
+def _at(number: Any, step: int) -> Any:
+    return number(step) if callable(number) else number

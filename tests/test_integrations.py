@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from compare import assert_alike, assert_close, assert_same
 from rmsprop_jax import RMSPropState, rmsprop
 
 INPUTS = jnp.asarray(np.random.default_rng(0).normal(size=(16, 10)), jnp.float32)
@@ -35,9 +36,9 @@ def by_hand(loss: Any, params: Any, steps: int = 5) -> tuple[Any, list[float]]:
     return params, losses
 
 
-def assert_close(got: Any, want: Any) -> None:
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+def assert_is_by_hand(got: Any, want: Any) -> None:
+    """Two programs of five steps, each of which takes roots of sums of products. Measured maximum: MEASURED."""
+    assert_close(got, want, rtol=2e-5, scale="array")
 
 
 def test_flax_nnx_optimizer_trains_as_by_hand() -> None:
@@ -60,8 +61,9 @@ def test_flax_nnx_optimizer_trains_as_by_hand() -> None:
     trainer = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
     losses = [float(step(model, trainer)) for _ in range(5)]
     params, expected = by_hand(lambda params: loss(nnx.merge(graph, params)), start)
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    assert_close(nnx.state(model, nnx.Param), params)
+    assert_close(np.array(losses), np.array(expected), rtol=1e-5)
+    assert losses[-1] < losses[0]
+    assert_is_by_hand(nnx.state(model, nnx.Param), params)
     assert traces == 1
 
 
@@ -79,7 +81,7 @@ def test_flax_linen_train_state_trains_as_by_hand() -> None:
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer())
     for _ in range(5):
         state = step(state)
-    assert_close(state.params, by_hand(loss, params)[0])
+    assert_is_by_hand(state.params, by_hand(loss, params)[0])
     assert isinstance(state.opt_state[1], RMSPropState)
 
 
@@ -103,11 +105,11 @@ def test_equinox_filtered_trees_train_as_by_hand() -> None:
 
     for _ in range(5):
         params, state = step(params, state)
-    np.testing.assert_array_equal(params.layers[0].bias, arrays.layers[0].bias)
+    assert_same(params.layers[0].bias, arrays.layers[0].bias)
 
     frozen = eqx.partition(arrays, trainable)[1]
     free, _ = by_hand(lambda free: loss(eqx.combine(free, frozen)), eqx.filter(arrays, trainable))
-    assert_close(params, eqx.combine(free, frozen))
+    assert_is_by_hand(params, eqx.combine(free, frozen))
 
 
 def test_equinox_module_that_was_not_filtered_can_be_params() -> None:
@@ -118,8 +120,8 @@ def test_equinox_module_that_was_not_filtered_can_be_params() -> None:
         state = tx.init(grads)
         updates, _ = tx.update(grads, state, model)
         expected, _ = tx.update(grads, state, grads)
-        assert_close(updates, expected)
-        assert jax.tree.structure(updates) == jax.tree.structure(grads)
+        assert_is_by_hand(updates, expected)
+        assert_alike(updates, grads)
 
 
 def test_orbax_restores_the_state_bit_for_bit_and_training_goes_on(tmp_path: pathlib.Path) -> None:
@@ -138,7 +140,6 @@ def test_orbax_restores_the_state_bit_for_bit_and_training_goes_on(tmp_path: pat
         checkpointer.wait_until_finished()
         target = jax.eval_shape(lambda: {"params": params, "state": tx.init(params)})
         restored = checkpointer.restore(tmp_path / "checkpoint", target)
-    assert jax.tree.structure(restored["state"]) == jax.tree.structure(stopped[1])
-    jax.tree.map(np.testing.assert_array_equal, restored["state"], stopped[1])
+    assert_same(restored["state"], stopped[1])
     resumed = train(restored["params"], restored["state"], 3)
-    jax.tree.map(np.testing.assert_array_equal, resumed, train(params, tx.init(params), 6))
+    assert_same(resumed, train(params, tx.init(params), 6))

@@ -1,61 +1,159 @@
-"""The floors of the house: who may import whom."""
+"""The floors of the house: who may import whom, compared with what the source of each room imports."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+from typing import NamedTuple
+
+import pytest
 
 import rmsprop_jax
 
 PACKAGE = pathlib.Path(rmsprop_jax.__file__).parent
+NAME = PACKAGE.name
 
-# Each room and the rooms below it that it may stand on. Rooms on one floor do not know each other.
-ROOMS: dict[str, set[str]] = {
-    "__init__": {"transform", "dialects", "recipes", "diagnostics"},
-    "arguments": set(),
-    "transform": {"arguments"},
-    "dialects": {"transform", "arguments"},
-    "recipes": {"dialects", "transform", "arguments"},
-    "torch_interop": {"transform", "arguments"},
-    "diagnostics": {"transform", "arguments"},
-    "plotting": {"diagnostics"},
+
+class Room(NamedTuple):
+    """A room's floor, and the rooms on lower floors that it may import. Rooms of one floor do not know each other."""
+
+    floor: int
+    below: set[str]
+
+
+FRONT_DOOR = "__init__"
+ROOMS: dict[str, Room] = {
+    "arguments": Room(1, set()),
+    "transform": Room(2, {"arguments"}),
+    "dialects": Room(3, {"arguments", "transform"}),
+    "diagnostics": Room(3, {"arguments", "transform"}),
+    "recipes": Room(4, {"arguments", "transform", "dialects"}),
+    "torch_interop": Room(4, {"arguments", "transform"}),
+    "plotting": Room(4, {"diagnostics"}),
+    # Loads the last two when they are used: matplotlib is not a dependency.
+    FRONT_DOOR: Room(5, {"transform", "dialects", "diagnostics", "recipes", "plotting", "torch_interop"}),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}
-NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax"}
+NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax", "equinox", "optimistix"}
+SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 
 
-def imports(path: pathlib.Path) -> set[str]:
-    """The full names of everything that a file imports, at any depth."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+# --- What a source imports ---------------------------------------------------------------------------------
+
+
+def imported(source: str) -> set[str]:
+    """The full names of what a source imports, in functions too and under ``TYPE_CHECKING``.
+
+    A string that is the name of a room counts as an import: ``importlib`` and ``sys.modules`` take it. Where such a
+    name is put together, every string that could be a part of it counts. So does an attribute of the package.
+    """
+    tree = ast.parse(source)
+    names, aliases = set(), {NAME}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+            aliases |= {alias.asname for alias in node.names if alias.name == NAME and alias.asname}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}:{node.lineno} is a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            module = "." * node.level + (node.module or "")
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    strings = {node.value for node in _without_docstrings(tree) if isinstance(node, ast.Constant)}
+    texts = {value for value in strings if isinstance(value, str)}
+    names |= {text for text in texts if re.fullmatch(rf"({NAME})?\.({'|'.join(ROOMS)})(\.\w+)*", text)}
+    if {NAME, f"{NAME}."} & texts:
+        names |= {f"{NAME}.{text}" for text in texts if text in ROOMS}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            names.add(f"{NAME}.{node.attr}")
     return names
 
 
+def _without_docstrings(tree: ast.AST) -> list[ast.AST]:
+    nodes = list(ast.walk(tree))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [node for node in nodes if id(node) not in prose]
+
+
+def rooms_in(names: set[str]) -> set[str]:
+    """The rooms that imported names belong to. What is the package's, but in none of them, is the front door's."""
+    found = set()
+    for name in names:
+        root, _, rest = name.partition(".")
+        if root in (NAME, ""):  # "" where the import is relative
+            parts = rest.lstrip(".").split(".")
+            rooms = [".".join(parts[:depth]) for depth in range(len(parts), 0, -1)]
+            found.add(next((room for room in rooms if room in ROOMS), FRONT_DOOR))
+    return found
+
+
+WAYS = {
+    "from the package": "from rmsprop_jax import {room}",
+    "from the room": "from rmsprop_jax.{room} import something",
+    "everything": "from rmsprop_jax.{room} import *",
+    "the module": "import rmsprop_jax.{room}",
+    "under another name": "import rmsprop_jax.{room} as other",
+    "among others": "import jax, rmsprop_jax.{room}",
+    "in a function": "def f():\n    from rmsprop_jax.{room} import something",
+    "in a method": "class A:\n    def f(self):\n        import rmsprop_jax.{room}",
+    "under TYPE_CHECKING": "if TYPE_CHECKING:\n    from rmsprop_jax import {room}",
+    "relative": "from .{room} import something",
+    "relative to the package": "from . import {room}",
+    "an attribute": "import rmsprop_jax\nrmsprop_jax.{room}.something()",
+    "an attribute of another name": "import rmsprop_jax as r\nr.{room}.something()",
+    "importlib": "importlib.import_module('rmsprop_jax.{room}')",
+    "importlib, relative": "importlib.import_module('.{room}', __package__)",
+    "__import__": "__import__('rmsprop_jax.{room}')",
+    "loaded modules": "sys.modules['rmsprop_jax.{room}']",
+    "lazily": "LAZY = ('{room}',)\ndef __getattr__(name):\n    return importlib.import_module(f'rmsprop_jax.{{name}}')",
+    "put together": "importlib.import_module('rmsprop_jax' + '.' + '{room}')",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_importing_a_room_is_seen(way: str) -> None:
+    for room in set(ROOMS) - {FRONT_DOOR}:
+        assert room in rooms_in(imported(WAYS[way].format(room=room))), room
+
+
+def test_import_of_the_package_is_one_of_the_front_door() -> None:
+    for source in ("import rmsprop_jax", "from rmsprop_jax import rmsprop", "from rmsprop_jax import *"):
+        assert rooms_in(imported(source)) == {FRONT_DOOR}
+
+
+def test_what_is_no_import_is_not_seen() -> None:
+    source = '"""Prose on rmsprop_jax.plotting."""\nx.plotting(jax.dialects, "rmsprop_jax.RMSPropState of plotting")'
+    assert rooms_in(imported(source)) == set()
+
+
+# --- The table ---------------------------------------------------------------------------------------------
+
+
 def test_every_file_is_a_room_of_the_table() -> None:
-    assert {path.stem for path in PACKAGE.rglob("*.py")} == set(ROOMS)
+    assert set(SOURCES) == set(ROOMS)
 
 
-def test_rooms_import_only_what_lies_below_them() -> None:
-    for room, below in ROOMS.items():
-        own = {name for name in imports(PACKAGE / f"{room}.py") if name.split(".")[0] == "rmsprop_jax"}
-        assert {name.split(".")[1] for name in own} <= below, room
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_what_the_table_allows(room: str) -> None:
+    found = rooms_in(imported(SOURCES[room].read_text()))
+    assert found - {room} <= ROOMS[room].below
 
 
-def test_nothing_stands_on_plotting() -> None:
-    assert not any("plotting" in below for below in ROOMS.values())
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down(room: str) -> None:
+    """The imports themselves, and what the table allows."""
+    for other in rooms_in(imported(SOURCES[room].read_text())) | ROOMS[room].below:
+        assert ROOMS[other].floor < ROOMS[room].floor, other
 
 
-def test_rooms_import_only_the_libraries_that_are_dependencies() -> None:
-    for room in ROOMS:
-        roots = {name.split(".")[0] for name in imports(PACKAGE / f"{room}.py")}
-        allowed = LIBRARIES | MORE_LIBRARIES.get(room, set()) | set(sys.stdlib_module_names)
-        assert roots - allowed <= {"rmsprop_jax"}, room
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_libraries_that_are_dependencies(room: str) -> None:
+    nodes = list(ast.walk(ast.parse(SOURCES[room].read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    roots = {name.split(".")[0] for name in names}
+    allowed = LIBRARIES | MORE_LIBRARIES.get(room, set()) | set(sys.stdlib_module_names) | {NAME}
+    assert roots <= allowed
 
 
 def test_import_loads_no_heavy_library() -> None:

@@ -4,7 +4,7 @@ import copy
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 
+import reference
+from compare import assert_close, assert_same
 from rmsprop_jax import dialects, rmsprop
 from rmsprop_jax.torch_interop import from_torch, to_torch
 
@@ -129,11 +131,6 @@ def test_state_comes_back_bit_for_bit(momentum: float) -> None:
     assert_same_file(there_and_back(run), run.file())
 
 
-def ulps(a: Any, b: Any) -> float:
-    a, b = np.asarray(a), np.asarray(b)
-    return float(np.max(np.abs(a - b) / np.spacing(np.abs(b)), initial=0))
-
-
 def test_centered_state_comes_back_within_two_ulp_and_its_mean_bit_for_bit() -> None:
     run = Run(*TWO_GROUPS)
     for g in gradients(50):
@@ -143,7 +140,7 @@ def test_centered_state_comes_back_within_two_ulp_and_its_mean_bit_for_bit() -> 
         for slot in entry:
             if slot != "square_avg" or "grad_avg" not in entry:
                 assert torch.equal(back["state"][key][slot], entry[slot])
-        assert ulps(back["state"][key]["square_avg"], entry["square_avg"]) <= 2
+        assert_close(*(numpy(x["square_avg"]) for x in (back["state"][key], entry)), ulps=2)
 
 
 def test_double_precision_comes_back_bit_for_bit(x64: None) -> None:
@@ -194,7 +191,7 @@ def test_complex_state_keeps_its_components(centered: bool) -> None:
         for got, expected in zip(
             *(torch.view_as_real(f["state"][key]["square_avg"]) for f in (back, file)), strict=True
         ):
-            assert ulps(got, expected) <= 2 * centered
+            assert_close(numpy(got), numpy(expected), ulps=2 * centered)
 
 
 def test_state_is_of_the_structure_and_the_dtypes_of_init() -> None:
@@ -225,7 +222,7 @@ def test_steps_of_torch_after_the_move_leave_our_state_alone() -> None:
     before = jax.tree.map(np.array, state)
     for g in gradients(3, seed=1):
         run.step(g)  # torch writes into the tensors that we read
-    jax.tree.map(np.testing.assert_array_equal, state, before)
+    assert_same(state, before)
 
 
 def test_steps_of_torch_after_the_way_back_leave_our_state_alone() -> None:
@@ -236,7 +233,7 @@ def test_steps_of_torch_after_the_way_back_leave_our_state_alone() -> None:
     run.optimizer.load_state_dict(to_torch(state, NAMES, from_params, like=run.file(), tensor=torch.from_numpy))
     for g in gradients(3, seed=1):
         run.step(g)  # torch writes into the tensors that it got
-    jax.tree.map(np.testing.assert_array_equal, state, before)
+    assert_same(state, before)
 
 
 def test_torch_in_the_older_shape_is_read() -> None:
@@ -252,7 +249,7 @@ def test_torch_in_the_older_shape_is_read() -> None:
         del group[key]
     group["params"] = [9000 - key for key in group["params"]]
     _, state = from_torch(file, NAMES, to_params)
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert_same(state, expected)
     back = to_torch(state, NAMES, from_params, like=file, tensor=torch.from_numpy)
     assert back["state"].keys() == file["state"].keys()
     run.optimizer.load_state_dict(back)
@@ -282,16 +279,14 @@ def jax_steps(tx: Any, state: Any, params: Any, sequence: list[dict[str, np.ndar
     return params, state
 
 
-def assert_close(params: Any, state: Any, run: Run) -> None:
+def assert_goes_on(params: Any, state: Any, run: Run) -> None:
     """Parameters and slots of both, relative to the largest number of each array."""
     back = to_torch(state, NAMES, from_params, like=run.file(), tensor=torch.from_numpy)
     for index, (name, x) in enumerate(from_params(params).items()):
         pairs = [(x, numpy(run.params[name]))]
         pairs += [(back["state"][index][slot], run.slot(name, slot)) for slot in run.file()["state"][index]]
         for got, want in pairs:
-            got, want = np.asarray(got), np.asarray(want)
-            scale = np.max(np.abs(want), initial=0)
-            assert np.max(np.abs(got - want), initial=0) <= TOLERANCE * scale, name
+            assert_close(np.asarray(got), np.asarray(want), rtol=TOLERANCE, scale="array")
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -312,7 +307,7 @@ def test_hundred_steps_after_the_move_agree_with_a_run_that_stayed(back: bool) -
     for step, g in enumerate(sequence[start:], start=start):
         run.step(g, rates(step))
     params, state = jax_steps(tx, state, params, sequence[start:])
-    assert_close(params, state, run)
+    assert_goes_on(params, state, run)
 
 
 def test_learning_rate_of_the_file_may_be_a_tensor() -> None:
@@ -337,7 +332,7 @@ def test_learning_rate_can_be_replaced_and_a_schedule_is_read_at_the_step_of_the
     tx, state = from_torch(run.file(), NAMES, to_params, lr=lr)
     params, state = jax_steps(tx, state, weights(run), gradients(1))
     run.step(gradients(1)[0], expected)
-    assert_close(params, state, run)
+    assert_goes_on(params, state, run)
 
 
 def test_keys_that_do_not_change_the_update_are_ignored() -> None:
@@ -388,7 +383,7 @@ def test_file_of_an_optimizer_before_its_first_step_gives_the_state_of_init() ->
     run = Run(*TWO_GROUPS)
     assert run.file()["state"] == {}
     tx, state = from_torch(run.file(), NAMES, to_params, params=SHAPES)
-    jax.tree.map(np.testing.assert_array_equal, state, tx.init(weights(run)))
+    assert_same(state, tx.init(weights(run)))
 
 
 def test_dtype_of_a_parameter_without_state_comes_from_params(x64: None) -> None:
@@ -513,31 +508,16 @@ def test_transformation_may_be_a_chain_with_rmsprop_in_it() -> None:
     assert_same_file(back, run.file())
     params, state = jax_steps(tx, state, weights(run), gradients(1))
     run.step(gradients(1)[0])
-    assert_close(params, state[1], run)
+    assert_goes_on(params, state[1], run)
 
 
-class Tensorflowish:
-    """RMSProp as timm and Stable-Baselines3 have it, in NumPy: eps under the root, v starts at 1."""
+# timm and Stable-Baselines3 have eps under the root, and averages that start at 1.
+GROUP = dict(lr=0.05, alpha=0.9, eps=0.01, weight_decay=0.1, momentum=0.7, centered=True)
 
-    GROUP: ClassVar = dict(lr=0.05, alpha=0.9, eps=0.01, weight_decay=0.1, momentum=0.7, centered=True)
 
-    def __init__(self, p: np.ndarray, *, lr_in_momentum: bool) -> None:
-        self.p, self.lr_in_momentum, self.step = p.astype(np.float64), lr_in_momentum, 0
-        self.v, self.m, self.buffer = np.ones_like(self.p), np.zeros_like(self.p), np.zeros_like(self.p)
-
-    def update(self, g: np.ndarray) -> None:
-        n = self.GROUP
-        g = g + n["weight_decay"] * self.p
-        self.v = n["alpha"] * self.v + (1 - n["alpha"]) * g * g
-        self.m = n["alpha"] * self.m + (1 - n["alpha"]) * g
-        ratio = g / np.sqrt(self.v - self.m**2 + n["eps"])
-        self.buffer = n["momentum"] * self.buffer + (n["lr"] * ratio if self.lr_in_momentum else ratio)
-        self.p = self.p - (self.buffer if self.lr_in_momentum else n["lr"] * self.buffer)
-        self.step += 1
-
-    def file(self, **more: Any) -> dict[str, Any]:
-        slots = {"square_avg": self.v, "grad_avg": self.m, "momentum_buffer": self.buffer}
-        return {"state": {0: {"step": self.step, **slots}}, "param_groups": [{"params": [0], **self.GROUP, **more}]}
+def file_of(moment: reference.Moment, step: int, **more: Any) -> dict[str, Any]:
+    slots = {slot: getattr(moment, slot) for slot in SLOTS}
+    return {"state": {0: {"step": step, **slots}}, "param_groups": [{"params": [0], **GROUP, **more}]}
 
 
 TIMM = dict(
@@ -558,24 +538,23 @@ def test_files_of_timm_and_stable_baselines3_go_on_in_their_dialects(
     transformation: Callable[..., Any], more: dict[str, Any], x64: None
 ) -> None:
     rng = np.random.default_rng(0)
-    run = Tensorflowish(rng.standard_normal(5), lr_in_momentum=bool(more))
-    sequence = rng.standard_normal((20, 5))
-    for g in sequence[:7]:
-        run.update(g)
-    tx, state = from_torch(run.file(**more), ["p"], dict, transformation=transformation)
-    params = {"p": jnp.asarray(run.p)}
-    for g in sequence[7:]:
-        run.update(g)
+    start, sequence = rng.standard_normal(5), rng.standard_normal((20, 5))
+    rule = dict(eps_in_sqrt=True, initial_scale=1.0, lr_in_buffer=bool(more), **GROUP)
+    moments = list(reference.rmsprop(start, sequence, **rule))
+    tx, state = from_torch(file_of(moments[6], 7, **more), ["p"], dict, transformation=transformation)
+    params = {"p": jnp.asarray(moments[6].param)}
+    for g, want in zip(sequence[7:], moments[7:], strict=True):
         updates, state = tx.update({"p": jnp.asarray(g)}, state, params)
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(params["p"], run.p, rtol=1e-12)
-    back = to_torch(state, ["p"], dict, like=run.file(**more), tensor=torch.from_numpy)
-    for slot, x in run.file()["state"][0].items():
-        np.testing.assert_allclose(back["state"][0][slot], x, rtol=1e-12, err_msg=slot)
+        assert_close(params["p"], want.param, rtol=1e-12, scale="array")
+    file = file_of(moments[-1], 20, **more)
+    back = to_torch(state, ["p"], dict, like=file, tensor=torch.from_numpy)
+    expected = file["state"][0] | {"step": np.float32(20)}
+    assert_close(jax.tree.map(np.asarray, back["state"][0]), expected, rtol=1e-12, scale="array")
 
 
 def test_parameter_without_state_starts_where_its_dialect_starts() -> None:
-    file = Tensorflowish(np.ones(3), lr_in_momentum=False).file() | {"state": {}}
+    file = {"state": {}, "param_groups": [{"params": [0], **GROUP}]}
     _, state = from_torch(file, ["p"], dict, params={"p": (3,)}, transformation=dialects.stable_baselines3)
     np.testing.assert_array_equal(state.square_avg["p"], np.ones(3))
     np.testing.assert_array_equal(state.momentum_buffer["p"], np.zeros(3))

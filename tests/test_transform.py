@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import reference
+from compare import assert_close, assert_same
 from rmsprop_jax import RMSPropState, dialects, rmsprop, scale_by_rmsprop, transform
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -44,7 +45,7 @@ def assert_is_reference(moments: Any, expected: Any, rtol: float) -> None:
         if state.momentum_buffer is not None:
             pairs.append((state.momentum_buffer, wanted.momentum_buffer))
         for got, want in pairs:
-            np.testing.assert_allclose(got, want, rtol=rtol, atol=rtol * np.abs(want).max(), err_msg=f"step {t}")
+            assert_close(got, want, rtol=rtol, scale="array", dtype=param.dtype)
         assert state.step == t
 
 
@@ -132,7 +133,7 @@ def test_scaling_alone_points_along_the_gradient() -> None:
 def test_momentum_buffer_ignores_learning_rate() -> None:
     slow, fast = (run(rmsprop(lr=lr, momentum=0.9), jnp.zeros(7), gradients(5)) for lr in (1e-4, 10.0))
     for (_, _, a), (_, _, b) in zip(slow, fast, strict=True):
-        np.testing.assert_array_equal(a.momentum_buffer, b.momentum_buffer)
+        assert_same(a.momentum_buffer, b.momentum_buffer)
 
 
 def test_schedule_is_read_at_zero_for_the_first_update() -> None:
@@ -147,7 +148,7 @@ def test_schedule_continues_where_a_constant_rate_stopped() -> None:
     *_, (_, param, state) = run(rmsprop(0.1), param, gradients(3))
     update, _ = rmsprop(lambda step: step * 1.0).update(jnp.ones(7), state, param)
     other, _ = rmsprop(3.0).update(jnp.ones(7), state, param)
-    np.testing.assert_array_equal(update, other)
+    assert_same(update, other)
 
 
 @pytest.mark.parametrize("value", [0.5, 1, np.float64(0.5), np.float32(0.5), jnp.float16(0.5), jnp.int32(1)], ids=repr)
@@ -235,7 +236,7 @@ def test_every_number_of_every_dialect_may_be_a_schedule(x64: None, build: Any, 
         before = state
         expected = constant.update(jnp.asarray(g), before, params)
         updates, state = scheduled.update(jnp.asarray(g), state, params)
-        jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-14), (updates, state), expected)
+        assert_close((updates, state), expected, rtol=1e-14)
         if t == 2:  # the first update of bias-corrected averages does not depend on their constants
             other = build(**setting | {name: values[t - 1]}).update(jnp.asarray(g), before, params)
             assert not np.allclose(other[0], updates, rtol=1e-3)
@@ -273,7 +274,7 @@ def test_array_zeros_change_no_value() -> None:
     plain = run(rmsprop(), jnp.ones(7), gradients(3))
     arrays = run(rmsprop(weight_decay=zero, momentum=zero), jnp.ones(7), gradients(3))
     for (a, *_), (b, *_) in zip(plain, arrays, strict=True):
-        np.testing.assert_allclose(a, b, rtol=2 * EPS32)
+        assert_close(a, b, ulps=2)
 
 
 def test_slots_are_buffers_of_their_own() -> None:
@@ -400,7 +401,7 @@ def test_one_minus_an_alpha_of_numpy_is_taken_in_double_precision() -> None:
     grads, given = gradients(3), (0.99, np.float64(0.99), np.array(0.99))
     first, *others = (run(scale_by_rmsprop(alpha=alpha), jnp.zeros(7), grads)[-1] for alpha in given)
     for other in others:
-        jax.tree.map(np.testing.assert_array_equal, other, first)
+        assert_same(other, first)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.499, 0.501, 0.9, 0.999, 0.9999])
@@ -586,7 +587,7 @@ def test_complex_arrays_are_two_real_ones(centered: bool) -> None:
     halves = run(tx, jnp.asarray(start, jnp.float32), parts)
     for (u, p, s), (u2, p2, s2) in zip(whole, halves, strict=True):
         for joined, split in zip(jax.tree.leaves((u, p, s[1:])), jax.tree.leaves((u2, p2, s2[1:])), strict=True):
-            np.testing.assert_allclose([joined.real, joined.imag], split, rtol=8 * EPS32, atol=1e-7)
+            assert_close(jnp.stack([joined.real, joined.imag]), split, ulps=8, scale="array")
 
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
@@ -622,7 +623,7 @@ def test_missing_gradient_leaves_parameter_alone(missing: Any, with_params: bool
     if with_params:
         assert update["b"]["c"].dtype == jnp.bfloat16
     for slot in ("square_avg", "grad_avg", "momentum_buffer"):
-        np.testing.assert_array_equal(getattr(after, slot)["b"]["c"], getattr(before, slot)["b"]["c"])
+        assert_same(getattr(after, slot)["b"]["c"], getattr(before, slot)["b"]["c"])
         assert (getattr(after, slot)["a"] != getattr(before, slot)["a"]).all()
 
 
@@ -676,7 +677,7 @@ def test_init_takes_shapes_in_place_of_arrays() -> None:
     params = {"w": jnp.ones((2, 3), jnp.bfloat16)}
     shapes = jax.eval_shape(lambda: params)
     tx = rmsprop(momentum=0.9, centered=True)
-    jax.tree.map(np.testing.assert_array_equal, tx.init(shapes), tx.init(params))
+    assert_same(tx.init(shapes), tx.init(params))
     assert jax.eval_shape(tx.init, shapes).square_avg["w"].dtype == jnp.float32
 
 
@@ -708,12 +709,8 @@ def test_weight_decay_mask_of_all_true_is_no_mask() -> None:
     masked = rmsprop(weight_decay_mask={"a": True, "b": True}, **setting)
     everywhere = rmsprop(**setting)
     grads = jax.tree.map(lambda p: 0.5 * p, PARAMS)
-    for a, b in zip(
-        jax.tree.leaves(masked.update(grads, masked.init(PARAMS), PARAMS)),
-        jax.tree.leaves(everywhere.update(grads, everywhere.init(PARAMS), PARAMS)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    found, expected = (tx.update(grads, tx.init(PARAMS), PARAMS) for tx in (masked, everywhere))
+    assert_same(found, expected)
 
 
 # --- Refusals --------------------------------------------------------------------------------------------
@@ -1090,8 +1087,8 @@ def rewritten(function: Any) -> Any:
 def test_transformation_survives_that_its_closures_are_rewritten(make: Callable[[], Any]) -> None:
     tx = make()
     init, update = rewritten(tx.init), rewritten(tx.update)
-    jax.tree.map(np.testing.assert_array_equal, init(TREE), tx.init(TREE))
-    jax.tree.map(np.testing.assert_array_equal, update(TREE, init(TREE), TREE), tx.update(TREE, tx.init(TREE), TREE))
+    assert_same(init(TREE), tx.init(TREE))
+    assert_same(update(TREE, init(TREE), TREE), tx.update(TREE, tx.init(TREE), TREE))
 
 
 # --- What a transformation says of itself ------------------------------------------------------------------
@@ -1135,7 +1132,7 @@ def test_injected_numbers_and_parts_tell_what_they_have_now() -> None:
         for path, _ in jax.tree_util.tree_leaves_with_path(asked.square_avg)
     }
     assert found == {"['a']": (np.float32(0.7), False), "['b']['c']": (0.3, True)}
-    jax.tree.map(np.testing.assert_array_equal, updates, TREE)
+    assert_same(updates, TREE)
 
 
 def test_weight_decay_without_params_is_refused() -> None:
