@@ -362,6 +362,12 @@ def test_total_that_ends_before_the_first_update_does_is_refused(total: Any) -> 
     recipes.torchbeast(total_steps=640)
 
 
+def test_learning_rate_of_impala_falls_with_the_frames_of_each_update(built: list[tuple[Any, Any, Any]]) -> None:
+    """20 frames are used by the third update of 7, not by the second."""
+    rate = schedule(built, "impala", frames_per_update=7, total_frames=20)
+    np.testing.assert_allclose([rate(step) for step in range(4)], [4.8e-4, 3.12e-4, 1.44e-4, 0.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("total", [-1, math.nan, None, "1e9", True])
 def test_total_that_is_no_number_is_refused(total: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^total_frames must be a number ≥ 0"):
@@ -495,8 +501,11 @@ def test_complex_weights_are_clipped_and_held_as_two_real_ones() -> None:
     np.testing.assert_allclose(seen_by(recipes._clip_entries(5.0), z, None), [0.5 - 0.001j, -0.02 + 5.0j], rtol=1e-6)
 
 
-def test_weights_are_held_in_their_own_precision() -> None:
+def test_weights_are_held_in_their_own_precision(x64: None) -> None:
     """Gradients, and so updates, may be narrower."""
+    with jax.numpy_dtype_promotion("strict"):
+        held = seen_by(recipes._hold_weights_within(0.01), jnp.full(1, 0.5, jnp.float32), jnp.full(1, 0.5, jnp.float64))
+    np.testing.assert_allclose(held, [-0.49], rtol=1e-6)
     params, updates = jnp.array([0.5, 0.0099], jnp.float32), jnp.array([-0.1, 0.01], jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
         held = seen_by(recipes._hold_weights_within(0.01), updates, params)

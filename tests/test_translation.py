@@ -350,12 +350,14 @@ def test_buffer_changes_its_unit_in_its_own_dtype(dtype: str, lr: Any) -> None:
 
 
 def test_buffer_is_scaled_in_float32_and_as_two_real_arrays_if_complex() -> None:
-    """In bfloat16, 1 / 0.3 is 3.328, and 1.5 times that is 5."""
+    """1.0625 / 0.3 is nearest to 3.547 in bfloat16, but 1 / 0.3 is 3.328 there, and 1.0625 times that 3.531."""
     port = dialects.translate("keras", "torch", learning_rate=0.3, momentum=0.5)
     state = state_of(accumulator_dtype="bfloat16")
-    state = state._replace(momentum_buffer={"w": jnp.array([1.5, 2.71875], jnp.bfloat16), "none": optax.MaskedNode()})
+    state = state._replace(
+        momentum_buffer={"w": jnp.array([1.0625, 1.234375], jnp.bfloat16), "none": optax.MaskedNode()}
+    )
     got = port.convert_state(state).momentum_buffer
-    np.testing.assert_array_equal(got["w"], jnp.array([1.5 / 0.3, 2.71875 / 0.3], jnp.bfloat16))
+    np.testing.assert_array_equal(got["w"], jnp.array([1.0625 / 0.3, 1.234375 / 0.3], jnp.bfloat16))
     assert got["none"] == optax.MaskedNode()
     odd = state._replace(momentum_buffer={"w": jnp.array([1 + 2j, complex(math.inf, 3.0)], jnp.complex64)})
     with jax.numpy_dtype_promotion("strict"):
