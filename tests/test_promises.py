@@ -61,7 +61,7 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "recorded dialect": lambda: diagnostics.record_statistics(
         dialects.tensorflow(falling(0.1), centered=True), every=1
     ),
-    "recorded chain": lambda: diagnostics.record_statistics(optax.chain(optax.clip(1e3), dialects.dreamer()), every=3),
+    "recorded chain": lambda: diagnostics.record_statistics(optax.chain(optax.scale(0.5), dialects.dreamer()), every=3),
 }
 CLIMBING = {"everything", "scaling", "corrected"}
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -70,7 +70,7 @@ every = pytest.mark.parametrize("name", TRANSFORMATIONS)
 # nothing cancels and every entry can be compared with itself. One entry never has a gradient; a leaf has none in the
 # first update.
 PARAMS = {
-    "dense": [jnp.array([[1.0, -0.5, 0.75], [-1.5, 0.25, 2.0]]), jnp.array([-1.0, 0.5, 1.25, -2.0])],
+    "dense": [jnp.array([[1.0, -0.5, 0.75], [-1.5, 0.25, 2.0]])],
     "scale": jnp.float32(0.5),
     "gain": jnp.array([1.0, -0.75, 2.0, 0.5], jnp.bfloat16),
 }
@@ -86,16 +86,15 @@ def gradients() -> list[Any]:
     trees = [jax.tree.map(leaf, PARAMS) for _ in range(STEPS)]
     trees[0]["scale"] = jnp.zeros(())
     for tree in trees:
-        tree["dense"][1] = tree["dense"][1].at[2].set(0)
+        tree["dense"][0] = tree["dense"][0].at[0, 2].set(0)
     return trees
 
 
 GRADIENTS = gradients()
-# Programs round differently, since XLA contracts a · b + c into one operation as it sees fit, on some processors: the
-# state, which is float32, by as many units as an update has operations. What is rounded to bfloat16 at the end may be
-# rounded to the other side, and a state that is kept in bfloat16 remembers that. Measured maxima, over the whole file
-# and from SSE4.2 to AVX2: MEASURED.
-ULPS = {"float32": 16, "bfloat16": 1}
+# Programs round differently, since XLA contracts a · b + c into one operation as it sees fit, on some processors.
+# Measured maxima in this file, from SSE4.2 to AVX2: 5 units of float32 after four updates; none of bfloat16, but an
+# update that is nearly between two of its numbers may be rounded to the other one.
+ULPS = {"float32": 10, "bfloat16": 1}
 
 
 @functools.cache
@@ -470,14 +469,14 @@ INJECTED = {
 @pytest.mark.parametrize("name", INJECTED)
 def test_inject_hyperparams_takes_every_number_of_a_dialect(name: str) -> None:
     build, numbers = getattr(dialects, name), INJECTED[name]
-    tx, params = optax.inject_hyperparams(build)(**numbers), PARAMS["dense"][1]
+    tx, params = optax.inject_hyperparams(build)(**numbers), PARAMS["dense"][0]
     state = tx.init(params)
     assert state.hyperparams.keys() >= numbers.keys()
     for factor in (1.0, 0.5):
         current = {key: jnp.float32(factor) * jnp.float32(x) for key, x in numbers.items()}
         state.hyperparams.update(current)
-        expected = build(**current).update(GRADIENTS[1]["dense"][1], state.inner_state, params)
-        updates, state = tx.update(GRADIENTS[1]["dense"][1], state, params)
+        expected = build(**current).update(GRADIENTS[1]["dense"][0], state.inner_state, params)
+        updates, state = tx.update(GRADIENTS[1]["dense"][0], state, params)
         assert_same((updates, state.inner_state), expected)
 
 
@@ -520,7 +519,7 @@ def test_partition_gives_each_group_its_own_rule() -> None:
     for names, rule in ((("dense",), rmsprop(0.1, momentum=0.9)), (("scale", "gain"), rmsprop(0.001))):
         alone, _ = trained(rule)  # of all parameters: none of them knows of the others
         assert_same({name: grouped[name] for name in names}, {name: alone[name] for name in names})
-    assert len(jax.tree.leaves(state)) == 2 + 2 * 2 + 2  # steps; two slots of two arrays; one slot of two
+    assert len(jax.tree.leaves(state)) == 2 + 2 * 1 + 2  # steps; two slots of one array; one slot of two
 
 
 def test_masked_leaves_pass_through() -> None:
@@ -528,8 +527,8 @@ def test_masked_leaves_pass_through() -> None:
     updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     for name in ("scale", "gain"):
         assert_same(updates[name], PARAMS[name])
-    np.testing.assert_allclose(updates["dense"][1], [0.1, -0.1, -0.1, 0.1], rtol=1e-6)
-    assert len(jax.tree.leaves(state)) == 3
+    assert_close(updates["dense"][0], -0.1 * np.sign(PARAMS["dense"][0]), ulps=4)  # lr / √(1 − alpha)
+    assert len(jax.tree.leaves(state)) == 2
 
 
 def test_multi_steps_updates_with_the_mean() -> None:
@@ -596,7 +595,7 @@ def test_exported_program_is_the_one_that_was_exported() -> None:
 
 # --- With other libraries ----------------------------------------------------------------------------------
 
-SMALL = {"dense": [PARAMS["dense"][0]], "scale": PARAMS["scale"]}
+SMALL = {"dense": PARAMS["dense"]}
 
 
 def distance(params: Any, args: Any = None) -> jax.Array:
