@@ -13,6 +13,7 @@ parameters with different rules are read where the update reads them.
 
 import dataclasses
 import html
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -312,13 +313,13 @@ def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
     def rms(slot: str, count: Any = size) -> jax.Array:
         norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
         if not norms:
-            return jnp.zeros(())
+            return jnp.zeros((), jnp.float32)
         wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
         norm = _norm(jnp.stack([norm.astype(wide) for norm in norms]))
-        return norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)
+        return (norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)).astype(jnp.float32)
 
     def share(of: Callable[[Any], jax.Array]) -> jax.Array:
-        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros(()))
+        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros((), jnp.float32))
         return jnp.asarray(count / size)
 
     found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
@@ -591,7 +592,7 @@ def _relative_step(leaf: _Leaf) -> jax.Array:
         return jnp.zeros(())
     denom = _denominator(_real(leaf.state.square_avg), leaf.eps)
     g = _real(leaf.g).astype(denom.dtype)
-    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / np.sqrt(max(1, denom.size)))  # 0/0 counts as 0
+    return jnp.asarray(_norm(g / jnp.where(g == 0, 1.0, denom)) / math.sqrt(max(1, denom.size)))  # 0/0 counts as 0
 
 
 def _is_stalled(state: RMSPropState, g: Any, surprise: float) -> bool:
@@ -694,11 +695,11 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
       10: 0.044 1.014
     """
     every = check_count("every", every)
-    inner = optax.with_extra_args_support(inner)
+    asked, inner = inner, optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> RecordStatisticsState:
         inner_state = inner.init(params)
-        leaves = _leaves_of(_settings(inner, inner_state, params), params, params, inner_state, params)
+        leaves = _leaves_of(_settings(asked, inner_state, params), params, params, inner_state, params)
         names = tuple(jax.eval_shape(_statistics, leaves))
         step = _states(inner_state)[0].step  # lies on the devices of the parameters, as all of the state has to
         nothing = jnp.broadcast_to(jnp.full_like(step, 0, jnp.float32), len(names))
@@ -718,7 +719,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
     ) -> tuple[optax.Updates, RecordStatisticsState]:
         if params is None:
             raise ValueError("params must be given to record their statistics: call update(updates, state, params)")
-        settings = _settings(inner, state.inner_state, params)
+        settings = _settings(asked, state.inner_state, params)
         done, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         leaves = _leaves_of(settings, updates, done, inner_state, params)
         is_due = state.update_count % every == 0
@@ -742,8 +743,10 @@ def _record(
         return _varying_like(jnp.stack([found[name] for name in before.names]), arrays)
 
     arrays = jax.tree.leaves((leaves, before.vector))
-    vector = jax.lax.cond(is_due, measure, lambda: _varying_like(before.vector, arrays))
-    return RecordedStatistics(before.names, vector, jnp.where(is_due, update, before.update))
+    vector, recorded = jax.lax.cond(
+        is_due, lambda: (measure(), update), lambda: (_varying_like(before.vector, arrays), before.update)
+    )
+    return RecordedStatistics(before.names, vector, recorded)
 
 
 def _varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
@@ -863,7 +866,7 @@ def _settings(
     query = SettingsQuery()
     stand_in = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
     try:
-        optax.with_extra_args_support(tx).update(stand_in, opt_state, params, rmsprop_settings=query)
+        _asking(tx)(stand_in, opt_state, params, rmsprop_settings=query)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What follows the RMSProp may want arguments of its own. What has not answered is missed by name later.
         if not query.answers:
@@ -881,6 +884,13 @@ def _settings(
         _check_usable(settings)
         found |= {name: settings for name, average in _named(state.square_avg).items() if average is not None}
     return found
+
+
+def _asking(tx: optax.GradientTransformation) -> Callable[..., Any]:
+    """The update of ``tx`` as one that takes keyword arguments; ``optax.MultiSteps`` does, but its type denies it."""
+    takes_any = any(x.kind == x.VAR_KEYWORD for x in inspect.signature(tx.update).parameters.values())
+    update: Callable[..., Any] = tx.update if takes_any else optax.with_extra_args_support(tx).update
+    return update
 
 
 def _check_usable(settings: Settings) -> None:
@@ -917,12 +927,13 @@ def _before(opt_state: optax.OptState) -> optax.OptState:
 
 
 def _settings_of(settings: Mapping[_Name, Settings], name: _Name) -> Settings:
-    if name not in settings:
-        raise ValueError(
-            f"tx has no RMSProp for the leaf {_key(name)} of opt_state; give the transformation that the state belongs "
-            "to. (One that wraps it must pass keyword arguments on, as Optax's do.)"
-        )
-    return settings[name]
+    for depth in range(len(name), -1, -1):  # in the boxes of Flax, a path goes on
+        if name[:depth] in settings:
+            return settings[name[:depth]]
+    raise ValueError(
+        f"tx has no RMSProp for the leaf {_key(name)} of opt_state; give the transformation that the state belongs "
+        "to. (One that wraps it must pass keyword arguments on, as Optax's do.)"
+    )
 
 
 def _leaves_after(

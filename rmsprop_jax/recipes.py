@@ -4,7 +4,7 @@ Every number was read in the source that the function names. What a source leave
 default, and what is no part of the optimizer (an average of the weights, a schedule that watches the validation
 loss) is left to the caller; the docstring says so. All of them are Optax transformations: ``init`` and ``update``
 with ``params``. Gradients and parameters may have any dtype that :func:`rmsprop_jax.rmsprop` takes; what surrounds it
-computes in float32 at least too.
+computes in float32 at least too. A count is a whole number from 1 to 2³¹ − 1, known when the recipe is built.
 """
 
 import math
@@ -63,10 +63,8 @@ def impala(frames_per_update: int, total_frames: float = 1e9) -> GradientTransfo
 
     Source: github.com/deepmind/scalable_agent at 6c0c8a7, ``experiment.py``.
     """
-    frames, total = (
-        float(check_count("frames_per_update", frames_per_update)),
-        check_number("total_frames", total_frames),
-    )
+    frames = float(check_count("frames_per_update", frames_per_update))
+    total = check_number("total_frames", total_frames)
     _check_total("total_frames", total, "frames_per_update", frames)
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -392,7 +390,7 @@ def _norm(arrays: Sequence[Any]) -> jax.Array:
     limits = jnp.finfo(dtype)
 
     def norm(scale: float) -> jax.Array:
-        square = sum((jnp.sum((scale * part) ** 2).astype(dtype) for part in parts), start=jnp.zeros((), dtype))
+        square = sum((jnp.sum((scale * part.astype(dtype)) ** 2) for part in parts), start=jnp.zeros((), dtype))
         return jnp.sqrt(jnp.maximum(limits.tiny, square)) / scale
 
     direct = norm(1.0)

@@ -309,7 +309,7 @@ def test_lookahead_is_measured_by_its_fast_half() -> None:
     tx = optax.lookahead(rmsprop(0.03), sync_period=5, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(tree(0))
     updates, state = tx.update(tree(1), tx.init(params), params)
-    found = statistics(tx, tree(1), updates.fast, state, params.fast)
+    found = statistics(rmsprop(0.03), tree(1), updates.fast, state.fast_state, params.fast)
     assert found["total/update_rms"] > 0.1
 
 
@@ -511,7 +511,7 @@ def test_names_that_are_taken_are_refused() -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 2.0, True, None, "10"])
 def test_every_is_a_positive_whole_number(every: Any) -> None:
-    with pytest.raises(ValueError, match="every must be a whole number of at least 1, got"):
+    with pytest.raises((ValueError, TypeError), match=r"^every must be a whole number from 1 to 2³¹ − 1, got"):
         record_statistics(rmsprop(), every)
 
 
@@ -826,7 +826,8 @@ def test_recording_outside_jit_compiles_once() -> None:
 
 def test_nothing_is_recorded_before_the_first_update() -> None:
     state = record_statistics(rmsprop()).init(tree(0))
-    assert all(np.isnan(x) for x in state.statistics.values())
+    assert (state.statistics.vector == 0).all()
+    assert state.statistics.update == -1
     assert "total/surprise" in state.statistics
     with pytest.raises(KeyError, match="total/surprize"):
         state.statistics["total/surprize"]

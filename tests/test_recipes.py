@@ -448,6 +448,8 @@ def test_norm_of_leaves_of_many_dtypes_is_one(x64: None) -> None:
     np.testing.assert_allclose(clipped["a"], 3 / norm, rtol=1e-14)
     np.testing.assert_allclose(clipped["b"].astype(np.float64), 4 / norm, rtol=1e-2)
     np.testing.assert_allclose(clipped["c"], 12j / norm, rtol=1e-6)
+    clipped = seen_by(recipes._clip_by_global_norm(1.0), grads | {"d": jnp.float32(1e30)}, None)
+    np.testing.assert_allclose(clipped["d"], 1.0, rtol=1e-6)
 
 
 def test_global_norm_is_that_of_optax_and_has_derivatives() -> None:
