@@ -15,14 +15,10 @@ from compare import assert_close
 from rmsprop_jax import rmsprop
 from test_promises import TRANSFORMATIONS, ULPS, built, for_all, quick_jit, updates_of_all
 
-# Sharded along its first axis, along its last one, and not at all.
-PARAMS = {
-    "first": jnp.linspace(1, 2, 32).reshape(8, 4),
-    "last": jnp.linspace(-2, -1, 8)[None],
-    "none": jnp.float32(0.5),
-}
+# Sharded along its first axis, and along its last one.
+PARAMS = {"first": jnp.linspace(1, 2, 32).reshape(8, 4), "last": jnp.linspace(-2, -1, 8)[None]}
 AXIS = "x"
-SPECS = {"first": P(AXIS), "last": P(None, AXIS), "none": P()}
+SPECS = {"first": P(AXIS), "last": P(None, AXIS)}
 GRADIENTS = {name: jnp.stack([jnp.cos(p) * p, 3 * p]) for name, p in PARAMS.items()}  # of two updates
 
 

@@ -158,10 +158,10 @@ def test_what_is_not_one_axes_is_refused(name: str) -> None:
         CALLS[name](ax=Figure().subplots(1, 2))
 
 
-def test_without_matplotlib_the_error_names_the_extra() -> None:
+def test_without_matplotlib_the_error_names_what_to_install() -> None:
     program = "import sys; sys.modules['matplotlib'] = None; import rmsprop_jax.plotting"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ImportError: rmsprop_jax.plotting needs matplotlib: pip install 'rmsprop-jax[plots]'" in done.stderr
+    assert "ImportError: rmsprop_jax.plotting needs matplotlib: pip install matplotlib" in done.stderr
 
 
 def test_pictures_need_no_display() -> None:
