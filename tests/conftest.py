@@ -1,9 +1,42 @@
 """What every test runs under. Warnings are errors too: see ``[tool.pytest.ini_options]`` in pyproject.toml."""
 
+import functools
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets all processes of one run share what they compile: workers, kernels of notebooks, and scripts.
+
+    The folder is new for every run and removed after it, so nothing that another version or another machine compiled is
+    ever used.
+    """
+    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="rmsprop_jax-compiled-")
+    config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    options = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for all processes that this one starts
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spreads the notebooks, the longest tests, over the run: each worker gets some, and none is left for the end."""
+    slow = [item for item in items if item.name.startswith("test_notebook_puts_out")]
+    others = [item for item in items if item not in slow]
+    for i, item in enumerate(slow):
+        others.insert(i * len(items) // len(slow), item)
+    items[:] = others
 
 
 @pytest.fixture(autouse=True)
