@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import rmsprop_jax
+from compare import assert_close, assert_same
 from rmsprop_jax import RMSPropState, diagnostics, dialects, rmsprop, scale_by_rmsprop
 from rmsprop_jax.diagnostics import denominator, effective_learning_rate, record_statistics, statistics, summary
 from test_promises import in_fresh_process
@@ -105,7 +106,9 @@ def assert_written_out(
         for name, expected in written_out(*lists, lr, eps, eps_in_sqrt).items():
             value = found[f"{group}/{name}"]
             assert (value.dtype, value.shape) == (jnp.float32, ())
-            np.testing.assert_allclose(value, expected, rtol=TOLERANCE, err_msg=f"{group}/{name}")
+            assert_close(
+                {f"{group}/{name}": value}, {f"{group}/{name}": np.asarray(expected)}, rtol=TOLERANCE, dtype=np.float32
+            )
 
 
 # --- The figures -----------------------------------------------------------------------------------------
@@ -187,21 +190,21 @@ def test_denominator_is_what_the_gradient_was_divided_by(eps_in_sqrt: bool) -> N
     last = after(scale_by_rmsprop(0.9, 1e-3, eps_in_sqrt=eps_in_sqrt))
     denom = denominator(last.tx, last.state, last.params)
     chex.assert_trees_all_equal_structs(denom, last.params)
-    chex.assert_trees_all_close(jax.tree.map(jnp.divide, last.grads, denom), last.updates, rtol=1e-6)
+    assert_close(jax.tree.map(jnp.divide, last.grads, denom), last.updates, rtol=1e-6)
 
 
 def test_effective_learning_rate_is_update_over_gradient() -> None:
     last = after(rmsprop(0.3, eps=1e-3))
     rates = effective_learning_rate(last.tx, last.state, last.params)
     chex.assert_trees_all_equal_structs(rates, last.params)
-    chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
+    assert_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
 
 
 def test_schedule_is_read_where_the_update_read_it() -> None:
     schedule = optax.piecewise_interpolate_schedule("linear", 1.0, {1: 0.5, 2: 0.1, 3: 0.7})
     last = after(rmsprop(schedule, eps=1e-3), steps=3)
     rates = effective_learning_rate(last.tx, last.state, last.params)
-    chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
+    assert_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
     scalar, fresh = jnp.ones(()), rmsprop(schedule, eps=1.0)
     assert effective_learning_rate(fresh, fresh.init(scalar), scalar) == schedule(0)
 
@@ -227,8 +230,8 @@ def test_complex_leaf_is_two_real_ones() -> None:
 
     real, rates = measure(g, p)
     pair, rates_of_pair = measure(jax.lax.complex(*g), jax.lax.complex(*p))
-    chex.assert_trees_all_close(pair, real, rtol=1e-6)
-    chex.assert_trees_all_close(rates_of_pair, jax.lax.complex(*rates), rtol=1e-6)
+    assert_close(pair, real, rtol=1e-6)
+    assert_close(rates_of_pair, jax.lax.complex(*rates), rtol=1e-6)
 
 
 def test_missing_gradient_counts_as_zero_and_missing_parameter_not_at_all() -> None:
@@ -301,8 +304,8 @@ WRAPPED: dict[str, Callable[[], optax.GradientTransformation]] = {
 def test_state_is_found_however_deep(make: Callable[[], Any]) -> None:
     plain, last = after(rmsprop(0.03), steps=1), after(make(), steps=1)
     rates, expected = (effective_learning_rate(x.tx, x.state, x.params) for x in (last, plain))
-    chex.assert_trees_all_close(rates, expected, rtol=1e-6)
-    chex.assert_trees_all_close(statistics(*last), statistics(*plain), rtol=TOLERANCE)
+    assert_close(rates, expected, rtol=1e-6)
+    assert_close(statistics(*last), statistics(*plain), rtol=TOLERANCE)
 
 
 def test_lookahead_is_measured_by_its_fast_half() -> None:
@@ -317,11 +320,11 @@ def test_groups_have_their_own_learning_rate_and_eps() -> None:
     groups = {"fast": rmsprop(0.3, eps=1e-2), "slow": rmsprop(lambda step: 0.001, eps=1e-3)}
     last = after(optax.partition(groups, LABELS))
     rates = effective_learning_rate(last.tx, last.state, last.params)
-    chex.assert_trees_all_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
+    assert_close(jax.tree.map(lambda r, g: -r * g, rates, last.grads), last.updates, rtol=1e-6)
     found = statistics(*last)
     alone = after(groups["slow"], make=lambda seed: {"out": tree(seed)["out"]})
     expected = statistics(*alone)
-    chex.assert_trees_all_close(
+    assert_close(
         {key: x for key, x in found.items() if "out/" in key}, {key: x for key, x in expected.items() if "out/" in key}
     )
 
@@ -332,7 +335,7 @@ def test_frozen_parameters_have_what_needs_no_state_and_no_part_in_the_total() -
     assert {key.removeprefix("out/0/") for key in found if key.startswith("out/0/")} == NEEDS_NO_STATE
     alone = after(rmsprop(0.03), make=lambda seed: {"conv1": tree(seed)["conv1"]})
     for name in ALL:
-        chex.assert_trees_all_equal(found[f"total/{name}"], statistics(*alone)[f"total/{name}"])
+        assert_same(found[f"total/{name}"], statistics(*alone)[f"total/{name}"])
     assert isinstance(denominator(last.tx, last.state, last.params)["out"], optax.MaskedNode | list)
     assert "–" in str(summary(*last))
 
@@ -357,11 +360,11 @@ def test_flax_nnx_optimizer() -> None:
     kept = optimizer.opt_state[1].statistics
     assert set(kept) == set(found)
     for key in found:
-        np.testing.assert_allclose(kept[key], found[key], rtol=1e-6, err_msg=key)
+        assert_close({key: kept[key]}, {key: found[key]}, rtol=1e-6)
     assert float(found["total/surprise"]) > 1
     whole = denominator(optimizer.tx, optimizer.opt_state, before)
     part = denominator(recorded, optimizer.opt_state[1], before)
-    chex.assert_trees_all_equal(jax.tree.leaves(whole), jax.tree.leaves(part))
+    assert_same(jax.tree.leaves(whole), jax.tree.leaves(part))
 
 
 def test_flax_nnx_partition() -> None:
@@ -402,7 +405,7 @@ def test_equinox_module_and_its_functions() -> None:
     updates, state = tx.update(grads, tx.init(eqx.filter(model, eqx.is_inexact_array)), model)
     found = statistics(tx, grads, updates, state, model)
     assert "layers/0/weight/update_ratio" in found
-    chex.assert_trees_all_close(dict(state.statistics), found, rtol=1e-6)
+    assert_close(dict(state.statistics), found, rtol=1e-6)
 
 
 class Layer(NamedTuple):
@@ -432,8 +435,8 @@ def test_orbax_checkpoint(tmp_path: Any) -> None:
         checkpointer.save(tmp_path / "state", last.state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", last.state)
-    chex.assert_trees_all_equal(statistics(*last._replace(state=restored)), statistics(*last))
-    chex.assert_trees_all_equal(dict(restored[1].statistics), dict(last.state[1].statistics))
+    assert_same(statistics(*last._replace(state=restored)), statistics(*last))
+    assert_same(dict(restored[1].statistics), dict(last.state[1].statistics))
 
 
 # --- Errors ------------------------------------------------------------------------------------------------
@@ -590,7 +593,7 @@ def test_injected_rate_that_changes_is_seen() -> None:
         state.inner_state.hyperparams["lr"] = jnp.float32(lr)
         updates, state = update(SMALL, state, SMALL)
         last = Update(tx, SMALL, updates, state, SMALL)
-        chex.assert_trees_all_close(dict(state.statistics), statistics(*last), rtol=TOLERANCE)
+        assert_close(dict(state.statistics), statistics(*last), rtol=TOLERANCE)
         assert_rates(last, {"a": lr, "b": lr}, {"a": 1e-8, "b": 1e-8}, set())
         assert diagnostics.settings(tx, state, SMALL)["a"].lr == np.float32(lr)
 
@@ -600,7 +603,7 @@ def test_injected_schedule_is_read_where_the_last_update_read_it() -> None:
         record_statistics(optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count)), every=1), make=small
     )
     assert_rates(last, {"a": 0.1 / 3, "b": 0.1 / 3}, {"a": 1e-8, "b": 1e-8}, set())
-    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+    assert_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
 
 
 def test_each_group_has_its_own_place_of_eps() -> None:
@@ -621,7 +624,7 @@ def test_schedules_may_be_pytrees_and_eps_one_of_them(compiled: bool) -> None:
     wrapped = optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update)) if compiled else tx
     last = after(wrapped, make=small)._replace(tx=tx)
     assert_rates(last, {"a": 0.025, "b": 0.025}, {"a": 2.5e-3, "b": 2.5e-3}, set())
-    chex.assert_trees_all_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
+    assert_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
 
 
 def test_rate_computed_inside_a_condition_is_refused_with_the_way_out() -> None:
@@ -643,9 +646,7 @@ def test_state_without_a_count_needs_constant_numbers() -> None:
     tx = rmsprop(0.1)
     updates, state = tx.update(SMALL, tx.init(SMALL), SMALL)
     bare = state._replace(step=None)
-    chex.assert_trees_all_equal(
-        statistics(tx, SMALL, updates, bare, SMALL), statistics(tx, SMALL, updates, state, SMALL)
-    )
+    assert_same(statistics(tx, SMALL, updates, bare, SMALL), statistics(tx, SMALL, updates, state, SMALL))
     with pytest.raises(ValueError, match=r"opt_state\.step is None, so the schedule of lr cannot be read"):
         statistics(rmsprop(lambda step: 0.1), SMALL, updates, bare, SMALL)
 
@@ -674,7 +675,7 @@ def all_functions(params: Any, momentum: float = 0.9, centered: bool = True) -> 
         found = statistics(tx, grads, updates, state, params)
         denominator(tx, state, params), effective_learning_rate(tx, state, params)
         summary(tx, grads, updates, state, params)
-        chex.assert_trees_all_close(dict(state.statistics), found, rtol=TOLERANCE)
+        assert_close(dict(state.statistics), found, rtol=TOLERANCE)
     return found
 
 
@@ -740,13 +741,13 @@ def test_statistics_inside_jit_scan_and_vmap_are_those_outside() -> None:
     expected = statistics(*last)
     jitted = jax.jit(chex.assert_max_traces(lambda *last: statistics(tx, *last), 1))
     for _ in range(2):
-        chex.assert_trees_all_close(jitted(*last[1:]), expected, rtol=TOLERANCE)
+        assert_close(jitted(*last[1:]), expected, rtol=TOLERANCE)
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), last[1:])
     for together in (
         jax.vmap(lambda last: statistics(tx, *last))(twice),
         jax.lax.scan(lambda _, last: (None, statistics(tx, *last)), None, twice)[1],
     ):
-        chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], together), expected, rtol=TOLERANCE)
+        assert_close(jax.tree.map(lambda x: x[1], together), expected, rtol=TOLERANCE)
     chex.clear_trace_counter()
 
 
@@ -759,7 +760,7 @@ def test_learning_rate_and_eps_may_be_traced() -> None:
     traced = jax.vmap(measure)(jnp.array([0.1, 0.2]), jnp.array([1e-3, 1e-2]))
     for i, (lr, eps) in enumerate([(0.1, 1e-3), (0.2, 1e-2)]):
         one = jax.tree.map(lambda x, i=i: x[i], traced)
-        chex.assert_trees_all_close(one, measure(lr, eps), rtol=TOLERANCE)
+        assert_close(one, measure(lr, eps), rtol=TOLERANCE)
 
 
 def test_other_numbers_find_the_compiled_program() -> None:
@@ -791,7 +792,7 @@ def test_recorded_are_the_statistics_of_every_so_many_updates(every: int, compil
         expected = statistics(*history[step - step % every][0])
         assert set(state.statistics) == set(expected)
         assert len(state.statistics) == len(expected)
-        chex.assert_trees_all_close(dict(state.statistics), expected, rtol=TOLERANCE)
+        assert_close(dict(state.statistics), expected, rtol=TOLERANCE)
         assert state.update_count == step + 1
     if compiled:
         assert update._cache_size() == 1
@@ -804,8 +805,8 @@ def test_recording_changes_no_update() -> None:
     for step, (last, _) in enumerate(recorded_run(record_statistics(plain, 2), 5)):
         updates, state = plain.update(tree(step), state, params)
         params = optax.apply_updates(params, updates)
-        chex.assert_trees_all_equal(last.updates, updates)
-        chex.assert_trees_all_equal(last.state.inner_state, state)
+        assert_same(last.updates, updates)
+        assert_same(last.state.inner_state, state)
 
 
 def test_nothing_is_computed_between_records() -> None:
