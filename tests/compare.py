@@ -126,7 +126,7 @@ def _errors(got: Any, want: Any, in_ulps: bool, scale: Any, nonfinite: Nonfinite
             errors[path] = Error(0.0 if a is b or a == b else np.inf, f": {a!r} is not {b!r}", "")
             continue
         x, y = (_components(z) for z in (a, b))
-        of = np.full_like(y, np.abs(y).max(initial=0)) if scale == "array" else np.abs(_components(sizes[path]))
+        of = np.full_like(y, np.abs(y).max(initial=0)) if isinstance(scale, str) else np.abs(_components(sizes[path]))
         of = np.broadcast_to(of, y.shape)
         unit = _ulp(of, jnp.finfo(_dtype(a)).dtype) if in_ulps and jnp.issubdtype(_dtype(a), jnp.inexact) else of
         error = _error(x, y, unit, nonfinite)

@@ -16,7 +16,6 @@ option takes several values); ``notebooks`` or ``tests`` for a part.
 """
 
 import argparse
-import functools
 import os
 import pathlib
 import queue
@@ -66,6 +65,10 @@ SOME_OF = {
     ],
     "test_notebooks.py": [],
 }
+# Runs a command on some processors only.
+ON_PROCESSORS = """import os, sys
+os.sched_setaffinity(0, set(map(int, sys.argv[1].split(","))))
+os.execv(sys.argv[2], sys.argv[2:])"""
 NOTEBOOK_TEST = "tests/test_notebooks.py::test_notebook_puts_out_the_numbers_it_is_committed_with"
 
 
@@ -122,12 +125,12 @@ class Job(NamedTuple):
                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             }
         )
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *self.tests]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *self.tests]
+        command = [sys.executable, "-c", ON_PROCESSORS, ",".join(map(str, processors)), *pytest]
         process = subprocess.run(
             command,
             cwd=ROOT,
             env=environment,
-            preexec_fn=functools.partial(os.sched_setaffinity, 0, processors),
             capture_output=True,
             text=True,
             check=False,
@@ -220,7 +223,8 @@ def table(settings: Sequence[Setting], results: dict[Setting, dict[str, Outcome]
         found = results.get(setting)
         cells = ["not on this machine"] if found is None else [str(found.get(name, "as above")) for name in columns]
         rows.append([setting.xla, setting.torch, str(setting.threads), *cells])
-    widths = [max(len(row[i]) for row in rows if len(row) == len(rows[0])) for i in range(len(rows[0]))]
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[i]) for row in (rows if i < 3 else whole)) for i in range(len(rows[0]))]
     lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 

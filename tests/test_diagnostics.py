@@ -325,7 +325,9 @@ def test_groups_have_their_own_learning_rate_and_eps() -> None:
     alone = after(groups["slow"], make=lambda seed: {"out": tree(seed)["out"]})
     expected = statistics(*alone)
     assert_close(
-        {key: x for key, x in found.items() if "out/" in key}, {key: x for key, x in expected.items() if "out/" in key}
+        {key: x for key, x in found.items() if "out/" in key},
+        {key: x for key, x in expected.items() if "out/" in key},
+        rtol=1e-6,
     )
 
 
