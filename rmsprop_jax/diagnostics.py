@@ -12,13 +12,17 @@ parameters with different rules are read where the update reads them.
 """
 
 import dataclasses
+import functools
 import html
 import inspect
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -27,7 +31,10 @@ from rmsprop_jax.arguments import check_count, check_eps, check_number, shown
 from rmsprop_jax.transform import RMSPropState, Settings, SettingsQuery
 
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
+_WITHOUT_STATE = ("grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite")
+_FIGURES = (*_WITHOUT_STATE, *(f"lr_{percent}" for percent in _PERCENTILES), "eps_share", "never_updated", "surprise")
 _TOTAL = "total"
+_JOINED = 4**8  # elements; a larger array is never copied
 
 # The names on the way from the root of a tree to a leaf. Leaves are matched by these, so that a state may be in other
 # containers than the parameters: Flax wraps the leaves of both, each in its own class.
@@ -256,125 +263,258 @@ def statistics(
 @jax.jit
 def _statistics(leaves: Mapping[str, _Leaf]) -> dict[str, jax.Array]:
     """One program for a whole tree, with ``lr`` and ``eps`` as data; inside an outer ``jit`` it disappears."""
+    return dict(zip(_keys(leaves), _figures(leaves), strict=True))
+
+
+def _keys(leaves: Mapping[str, _Leaf]) -> list[str]:
+    """What :func:`_figures` returns, in this order."""
+    figures = {name: _WITHOUT_STATE if leaf.state is None else _FIGURES for name, leaf in leaves.items()}
+    names = [*sorted(leaves), _TOTAL]  # sorted as the leaves are inside jit
+    return [f"{name}/{figure}" for name in names for figure in figures.get(name, _FIGURES)]
+
+
+# XLA compiles the longer, the more loops over arrays of different shapes there are, and a loop with many results takes
+# hardly longer than one with a single result. So there are four loops per array, small arrays are joined, and all else
+# is arithmetic on a table with a row per leaf.
+
+
+@jax.jit
+def _figures(leaves: Mapping[str, _Leaf]) -> jax.Array:
+    """All figures in one float32 vector."""
     # A loss differentiated through recorded updates has no use for the derivatives here, some of which are infinite.
     leaves = jax.lax.stop_gradient(leaves)
-    measured = {name: _measured(leaf) for name, leaf in leaves.items()}
-    groups = {name: [leaf] for name, leaf in measured.items()}
-    groups[_TOTAL] = [leaf for leaf in measured.values() if leaf.rate is not None]
-    return {
-        f"{group}/{statistic}": jnp.asarray(x, jnp.float32)
-        for group, members in groups.items()
-        for statistic, x in _statistics_of(members).items()
-    }
+    if not leaves:
+        return jnp.zeros(len(_FIGURES), jnp.float32)
+    blocks = sorted(_blocks(leaves), key=lambda block: block.arrays.v is None)
+    rows = [name for block in blocks for name in block.names]
+    sizes = [size for block in blocks for size in block.sizes]
+    largest, sums, errors, counts = _stacked([_measured(block.arrays, smallest=block.smallest) for block in blocks])
+    counts = counts.astype(jnp.float32)
+    norms = _unit(largest) * jnp.sqrt(jnp.where(jnp.isfinite(sums), sums + errors, sums))
+    rates = _quantiles([block for block in blocks if block.arrays.v is not None])
+    n = len(rates) - 1  # leaves with a state, which are what the total is of
+
+    table = _table(
+        jnp.concatenate([norms, _norm(norms[:n], axis=0)[None]]).astype(jnp.float32),
+        jnp.concatenate([counts, jnp.sum(counts[:n], axis=0)[None]]),
+        np.maximum(1, np.array([*sizes, sum(sizes[:n])], np.float32)),
+        jnp.concatenate([rates[:n], jnp.zeros((len(rows) - n, len(_PERCENTILES)), jnp.float32), rates[n:]]),
+    )
+    place = {f"{name}/{figure}": (i, j) for i, name in enumerate([*rows, _TOTAL]) for j, figure in enumerate(_FIGURES)}
+    i, j = np.array([place[key] for key in _keys(leaves)]).T
+    vector: jax.Array = table[i, j]
+    return vector
 
 
-class _Measured(NamedTuple):
-    """The elements that the statistics are about, of one leaf; the last four need a state."""
+def _table(norms: jax.Array, counts: jax.Array, sizes: np.ndarray, rates: jax.Array) -> jax.Array:
+    """The figures, a row per leaf, in the order of ``_FIGURES``."""
+    g, u, p, surprise = (norms / np.sqrt(sizes)[:, None]).T
+    nonfinite, below_eps, never = (counts / sizes[:, None]).T
+    # Biases start at 0. As long as one rests there, 0/0 must not be computed: jax_debug_nans would stop there.
+    ratio = u / jnp.where(u == 0, 1.0, p)
+    surprise *= jnp.sqrt(sizes / jnp.maximum(1.0, sizes * (1 - never)))
+    return jnp.stack([g, p, u, ratio, nonfinite, *rates.T, below_eps, never, surprise], axis=1)
+
+
+class _Arrays(NamedTuple):
+    """Arrays of one parameter, or of several as equal rows; the first axis is that of the parameters."""
 
     g: jax.Array
     u: jax.Array
     p: jax.Array
-    rate: jax.Array | None = None
-    below_eps: jax.Array | None = None
-    was_updated: jax.Array | None = None
-    surprise: jax.Array | None = None
+    length: np.ndarray | None = None  # of each row without its filling; None if there is none
+    v: Any = None  # None, as is all that follows, if no RMSProp updates them
+    first: Any = None  # the average that tells whether there was an update, if v does not
+    lr: Any = None  # a number for each parameter
+    eps: Any = (None, None)
+
+    def per_row(self, x: jax.Array | np.ndarray) -> jax.Array:
+        """A number for each parameter, to be combined with their elements."""
+        return jnp.asarray(x).reshape(-1, *[1] * (self.p.ndim - 1))
+
+    def is_element(self) -> Any:
+        """Which elements are no filling."""
+        if self.length is None:
+            return True
+        return jax.lax.broadcasted_iota(jnp.uint32, self.p.shape, 1) < self.per_row(self.length)
 
 
-@jax.jit
-def _measured(leaf: _Leaf) -> _Measured:
-    p = _real(leaf.p)
-    g, u = (jnp.zeros_like(p) if x is None else _real(x).astype(p.dtype) for x in (leaf.g, leaf.u))
-    if leaf.state is None:
-        return _Measured(g, u, p)
-    square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
-    v = _real(square_avg)
-    inside, outside = leaf.eps
-    was_updated = (_real(square_avg if grad_avg is None else grad_avg) != 0) | (g != 0)
-    smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
-    return _Measured(
-        g,
-        u,
-        p,
-        rate=jnp.asarray(leaf.lr, v.dtype) / _denominator(v, leaf.eps),
-        below_eps=(v < jnp.asarray(inside, v.dtype)) | (jnp.sqrt(v) < jnp.asarray(outside, v.dtype)),
-        was_updated=was_updated,
-        surprise=jnp.where(was_updated, g.astype(v.dtype) / jnp.sqrt(jnp.maximum(v, smallest)), 0.0),
-    )
+class _Block(NamedTuple):
+    names: list[str]
+    sizes: list[int]
+    smallest: float  # number above 0 in the state
+    arrays: _Arrays
 
 
-@jax.jit
-def _statistics_of(leaves: Sequence[Any]) -> dict[str, jax.Array]:
-    """The statistics of some leaves as if they were one; those that need a state if all have one.
+def _blocks(leaves: Mapping[str, _Leaf]) -> list[_Block]:
+    """All leaves, those joined that are small, alike and about equally large.
 
-    Jitted by itself, as is the above, so that leaves of one shape and dtype are traced once and not one by one.
+    Where there are several devices none are joined: an array is read where its parts lie.
     """
-    size = max(1, sum(leaf.p.size for leaf in leaves))
-
-    def rms(slot: str, count: Any = size) -> jax.Array:
-        norms = [_norm(getattr(leaf, slot)) for leaf in leaves]
-        if not norms:
-            return jnp.zeros((), jnp.float32)
-        wide = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
-        norm = _norm(jnp.stack([norm.astype(wide) for norm in norms]))
-        return (norm / jnp.sqrt(jnp.maximum(1.0, count)).astype(wide)).astype(jnp.float32)
-
-    def share(of: Callable[[Any], jax.Array]) -> jax.Array:
-        count = sum((jnp.sum(of(leaf)).astype(jnp.float32) for leaf in leaves), jnp.zeros((), jnp.float32))
-        return jnp.asarray(count / size)
-
-    found = {"grad_rms": rms("g"), "param_rms": rms("p"), "update_rms": rms("u")}
-    # Biases start at 0. As long as one rests there, 0/0 must not be computed: jax_debug_nans would stop there.
-    found["update_ratio"] = found["update_rms"] / jnp.where(found["update_rms"] == 0, 1.0, found["param_rms"])
-    found["nonfinite"] = share(lambda leaf: ~(jnp.isfinite(leaf.g) & jnp.isfinite(leaf.u) & jnp.isfinite(leaf.p)))
-    if any(leaf.rate is None for leaf in leaves):
-        return found
-    quantiles = _quantiles([leaf.rate.astype(jnp.float32) for leaf in leaves])
-    found |= {f"lr_{percent}": quantile for percent, quantile in zip(_PERCENTILES, quantiles, strict=True)}
-    found["eps_share"] = share(lambda leaf: leaf.below_eps)
-    found["never_updated"] = share(lambda leaf: ~leaf.was_updated)
-    found["surprise"] = rms("surprise", size * (1 - found["never_updated"]))
-    return found
+    alike: dict[Any, list[_Block]] = {}
+    for name, leaf in leaves.items():
+        block = _block(name, leaf)
+        size = block.sizes[0]
+        width = max(6, -(-(size - 1).bit_length() // 2))  # up to 4⁶ elements, 4⁷, 4⁸
+        kind = *jax.tree.map(lambda x: x.dtype, block.arrays), block.smallest, width
+        joins = jax.device_count() == 1 and size <= _JOINED
+        alike.setdefault(kind if joins else name, []).append(block)
+    return [_joined(blocks) if len(blocks) > 1 else blocks[0] for blocks in alike.values()]
 
 
-def _norm(x: jax.Array) -> jax.Array:
+def _block(name: str, leaf: _Leaf) -> _Block:
+    p = _real(leaf.p)[None]
+    g, u = (jnp.zeros_like(p) if x is None else _real(x).astype(p.dtype)[None] for x in (leaf.g, leaf.u))
+    if leaf.state is None:
+        return _Block([name], [p.size], 0.0, _Arrays(g, u, p))
+    square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
+    v = _real(square_avg)[None]
+    lr, *eps = (jnp.asarray(x, v.dtype)[None] for x in (leaf.lr, *leaf.eps))
+    first = None if grad_avg is None else _real(grad_avg)[None]
+    smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
+    return _Block([name], [p.size], smallest, _Arrays(g, u, p, None, v, first, lr, tuple(eps)))
+
+
+def _joined(blocks: Sequence[_Block]) -> _Block:
+    sizes = [size for block in blocks for size in block.sizes]
+    length = max(sizes)
+
+    def join(*arrays: jax.Array) -> jax.Array:
+        rows = [(x.reshape(-1), jnp.zeros(length - x.size, x.dtype)) for x in arrays]
+        return jnp.concatenate([piece for row in rows for piece in row if piece.size]).reshape(len(sizes), length)
+
+    def numbers(*arrays: jax.Array) -> jax.Array:
+        return jnp.concatenate(arrays)
+
+    all_arrays = [block.arrays for block in blocks]
+    arrays = jax.tree.map(join, *(arrays._replace(lr=None, eps=None) for arrays in all_arrays))
+    lr, eps = jax.tree.map(numbers, *((arrays.lr, arrays.eps) for arrays in all_arrays))
+    lengths = np.array(sizes, np.uint32) if min(sizes) < length else None
+    names = [name for block in blocks for name in block.names]
+    return _Block(names, sizes, blocks[0].smallest, arrays._replace(length=lengths, lr=lr, eps=eps))
+
+
+class _Measured(NamedTuple):
+    """Of g, u, p and g/√v, with a number for each parameter."""
+
+    largest: list[jax.Array]  # the unit of what follows, so that neither 1e30 overflows nor 1e-30 underflows float32
+    sums: list[jax.Array]  # of squares
+    errors: list[jax.Array]  # what was rounded away from the sums
+    counts: list[jax.Array]  # of elements that are not finite, below eps, never updated
+
+
+@functools.partial(jax.jit, static_argnames="smallest")
+def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
+    """Jitted by itself, so that arrays of one shape and dtype are traced and lowered once and not one by one."""
+    g, u, p, v = arrays.g, arrays.u, arrays.p, arrays.v
+    quantities, shares = [g, u, p], [~(jnp.isfinite(g) & jnp.isfinite(u) & jnp.isfinite(p))]
+    if v is not None:
+        was_updated = ((v if arrays.first is None else arrays.first) != 0) | (g != 0)
+        quantities += [jnp.where(was_updated, g.astype(v.dtype) / jnp.sqrt(jnp.maximum(v, smallest)), 0.0)]
+        inside, outside = map(arrays.per_row, arrays.eps)
+        shares += [((v < inside) | (jnp.sqrt(v) < outside)) & arrays.is_element(), ~was_updated & arrays.is_element()]
+    k = len(quantities)
+
+    def collect(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        return [*map(jnp.maximum, a[:k], b[:k]), *map(jnp.add, a[k:], b[k:])]
+
+    def add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
+        sums = [*map(jnp.add, a[:k], b[:k])]
+        return [*sums, *(e + f + (y - (s - x)) for x, y, s, e, f in zip(a[:k], b[:k], sums, a[k:], b[k:], strict=True))]
+
+    found = _row_by_row(collect, [*map(jnp.abs, quantities), *(x.astype(jnp.uint32) for x in shares)])
+    squares = [(x / arrays.per_row(_unit(top))) ** 2 for x, top in zip(quantities, found, strict=False)]
+    sums = _row_by_row(add, [*squares, *map(jnp.zeros_like, squares)])
+    return _Measured(found[:k], sums[:k], sums[k:], found[k:])
+
+
+def _unit(largest: jax.Array) -> jax.Array:
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+
+
+def _stacked(blocks: Sequence[_Measured]) -> list[jax.Array]:
+    """Each field as a table with a row per leaf, and 0 where a block has nothing."""
+
+    def table(fields: Sequence[list[jax.Array]]) -> jax.Array:
+        wide = max((x.dtype for field in fields for x in field), key=lambda dtype: dtype.itemsize)
+        width = max(map(len, fields))
+        filled = [[*field, *[jnp.zeros_like(field[0])] * (width - len(field))] for field in fields]
+        columns = [jnp.concatenate([x.astype(wide) for x in column]) for column in zip(*filled, strict=True)]
+        return jnp.stack(columns, axis=1)
+
+    return [table(fields) for fields in zip(*blocks, strict=True)]
+
+
+def _row_by_row(combine: Callable[[Any, Any], Sequence[jax.Array]], operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Reduces all operands over all axes but the first, in one loop, from 0."""
+    zeros = tuple(np.zeros((), x.dtype) for x in operands)
+    axes = tuple(range(1, operands[0].ndim))
+    return list(jax.lax.reduce(tuple(operands), zeros, lambda a, b: tuple(combine(a, b)), axes))
+
+
+def _norm(x: jax.Array, axis: int | None = None) -> jax.Array:
     """√Σx², where neither x = 1e30 overflows nor x = 1e-30 underflows float32: a diverging run shows how far it is."""
-    largest = jnp.max(jnp.abs(x), initial=0.0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    norm: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2))
-    return norm
+    unit = _unit(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
+    norm: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
+    return jnp.squeeze(norm, axis)
 
 
-def _quantiles(arrays: Sequence[jax.Array]) -> jax.Array:
-    """The elements at ``_PERCENTILES`` of non-negative float32 arrays together; NaN if there is no element.
+def _quantiles(blocks: Sequence[_Block]) -> jax.Array:
+    """The effective learning rates at ``_PERCENTILES``, a row per leaf and one for all leaves; NaN if there is none.
 
     Bit patterns of non-negative floats are ordered like the floats, with every NaN above. Each of the 32 rounds settles
-    one bit of the answer: it is set if too few elements lie below what it would make. Only counts are added up across
-    the arrays, so that they are neither joined nor sorted. (Together they may have up to 2³² elements.)
+    one bit of all answers: it is set if too few elements lie below what it would make. Only counts are added up across
+    the leaves, so that they are neither joined nor sorted. (Together they may have up to 2³² elements.)
     """
-    size = sum(x.size for x in arrays)
-    ranks = np.array([max(1, -(-size * percent // 100)) for percent in _PERCENTILES], np.uint32)
-    patterns = [jax.lax.bitcast_convert_type(_longest_axis_last(x), jnp.uint32) for x in arrays]
+    patterns = [_patterns(block.arrays) for block in blocks]
+    all_sizes = [block.sizes for block in blocks]
+    ranks = [*map(_ranks, all_sizes), _ranks([sum(map(sum, all_sizes))])]
 
-    def settle_bit(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32))  # without jit i may be an int
-        below = jnp.zeros(len(ranks), jnp.uint32)
-        for x in patterns:
-            bounds = candidate.reshape(-1, *[1] * x.ndim)
-            below += jnp.sum(x[None] < bounds, axis=tuple(range(1, bounds.ndim)), dtype=jnp.uint32)
-        return jnp.where(below < ranks, candidate, found)
+    def settle_bit(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
+        bit = jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32)  # without jit i may be an int
+        *each, whole = tries = [x | bit for x in found]
+        own, others = [], [none]
+        for x, bounds in zip(patterns, each, strict=True):
+            counts = _count_below(x, bounds, whole)
+            own += [counts[:, : len(_PERCENTILES)]]
+            others += [counts[:, len(_PERCENTILES) :]]
+        below = [*own, jnp.sum(jnp.concatenate(others), axis=0, keepdims=True, dtype=jnp.uint32)]
+        return [jnp.where(x < rank, new, old) for x, rank, new, old in zip(below, ranks, tries, found, strict=True)]
 
-    start = _varying_like(jnp.zeros(len(ranks), jnp.uint32), patterns)
+    none = jnp.zeros((0, len(_PERCENTILES)), jnp.uint32)
+    start = [_varying_like(jnp.zeros(x.shape, jnp.uint32), patterns) for x in ranks]
     found = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), settle_bit, start)
-    quantiles: jax.Array = jax.lax.bitcast_convert_type(found, jnp.float32)
+    quantiles: jax.Array = jax.lax.bitcast_convert_type(jnp.concatenate(found), jnp.float32)
     return quantiles
 
 
-def _longest_axis_last(x: jax.Array) -> jax.Array:
-    """The longest axis in place of a last one of a few elements: on a CPU, counting takes half the time then.
+def _ranks(sizes: Sequence[int]) -> np.ndarray:
+    """How many elements a quantile and those below it are."""
+    return np.array([[max(1, -(-size * percent // 100)) for percent in _PERCENTILES] for size in sizes], np.uint32)
 
-    Axes are exchanged and not merged, since a merged axis has no sharding where one of the two is sharded.
-    """
-    return jnp.swapaxes(x, int(np.argmax(x.shape)), -1) if x.ndim > 1 and x.shape[-1] < 16 else x
+
+@jax.jit
+def _patterns(arrays: _Arrays) -> jax.Array:
+    """The bit patterns of the effective learning rates, as float32; filling lies above all."""
+    lr, inside, outside = map(arrays.per_row, (arrays.lr, *arrays.eps))
+    rates = (lr / _denominator(arrays.v, (inside, outside))).astype(jnp.float32)
+    return jnp.where(arrays.is_element(), jax.lax.bitcast_convert_type(rates, jnp.uint32), np.uint32(0xFFFFFFFF))
+
+
+@jax.jit
+def _count_below(x: jax.Array, own: jax.Array, whole: jax.Array) -> jax.Array:
+    """How many elements of each row lie below the bounds of the row, and how many below those of all rows."""
+    bounds = [
+        jnp.broadcast_to(bound, len(x)).reshape(-1, *[1] * (x.ndim - 1))
+        for columns in (own, whole)
+        for bound in columns.T
+    ]
+    if jax.device_count() == 1:
+        tests = [(x < bound).astype(jnp.uint32) for bound in bounds]
+        return jnp.stack(_row_by_row(lambda a, b: list(map(jnp.add, a, b)), tests), axis=1)
+    # The devices tell each other one array with all counts. Of a loop with several results each would be told alone.
+    below = x[None] < jnp.stack(bounds)
+    return jnp.sum(below, axis=tuple(range(2, below.ndim)), dtype=jnp.uint32).T
 
 
 def _real(x: Any) -> jax.Array:
@@ -625,6 +765,12 @@ class RecordedStatistics(Mapping[str, jax.Array]):
     vector: jax.Array
     update: jax.Array
 
+    def __post_init__(self) -> None:
+        """Makes ``flax.serialization`` know this class, wherever Flax is in use."""
+        if (serialization := sys.modules.get("flax.serialization")) and not _known_to_flax:
+            serialization.register_serialization_state(RecordedStatistics, _to_state_dict, _from_state_dict)
+            _known_to_flax.append(True)
+
     def __getitem__(self, name: str) -> jax.Array:
         """The value, or the values over time, of one statistic."""
         if name not in self.names:
@@ -640,6 +786,17 @@ class RecordedStatistics(Mapping[str, jax.Array]):
         return len(self.names)
 
 
+_known_to_flax: list[bool] = []  # whether it is
+
+
+def _to_state_dict(record: RecordedStatistics) -> dict[str, Any]:
+    return {"vector": record.vector, "update": record.update}
+
+
+def _from_state_dict(record: RecordedStatistics, state: Mapping[str, Any]) -> RecordedStatistics:
+    return dataclasses.replace(record, **state)
+
+
 class RecordStatisticsState(NamedTuple):
     """The state of :func:`record_statistics`; in a chain, ``optax.tree.get(state, "statistics")`` finds the statistics.
 
@@ -652,6 +809,17 @@ class RecordStatisticsState(NamedTuple):
     update_count: jax.Array
     statistics: RecordedStatistics | jax.Array
     inner_state: optax.OptState
+
+
+jax.export.register_pytree_node_serialization(
+    RecordedStatistics,
+    serialized_name="rmsprop_jax.diagnostics.RecordedStatistics",
+    serialize_auxdata=lambda static: json.dumps(static).encode(),  # a tuple with the names
+    deserialize_auxdata=lambda static: tuple(map(tuple, json.loads(static))),
+)
+jax.export.register_namedtuple_serialization(
+    RecordStatisticsState, serialized_name="rmsprop_jax.diagnostics.RecordStatisticsState"
+)
 
 
 def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> optax.GradientTransformationExtraArgs:
@@ -700,7 +868,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
     def init(params: optax.Params) -> RecordStatisticsState:
         inner_state = inner.init(params)
         leaves = _leaves_of(_settings(asked, inner_state, params), params, params, inner_state, params)
-        names = tuple(jax.eval_shape(_statistics, leaves))
+        names = tuple(_keys(leaves))
         step = _states(inner_state)[0].step  # lies on the devices of the parameters, as all of the state has to
         nothing = jnp.broadcast_to(jnp.full_like(step, 0, jnp.float32), len(names))
         nothing = _varying_like(nothing, jax.tree.leaves(leaves))
@@ -737,14 +905,13 @@ def _record(
     is_due: jax.Array, update: jax.Array, leaves: Mapping[str, _Leaf], before: RecordedStatistics
 ) -> RecordedStatistics:
     """Jitted at module level: outside ``jit``, a ``cond`` is compiled again every time it is reached."""
-
-    def measure() -> jax.Array:
-        found = _statistics(leaves)
-        return _varying_like(jnp.stack([found[name] for name in before.names]), arrays)
-
+    place = {key: i for i, key in enumerate(_keys(leaves))}  # there may be more than init was given
+    wanted = np.array([place[name] for name in before.names])
     arrays = jax.tree.leaves((leaves, before.vector))
     vector, recorded = jax.lax.cond(
-        is_due, lambda: (measure(), update), lambda: (_varying_like(before.vector, arrays), before.update)
+        is_due,
+        lambda: (_varying_like(_figures(leaves)[wanted], arrays), update),
+        lambda: (_varying_like(before.vector, arrays), before.update),
     )
     return RecordedStatistics(before.names, vector, recorded)
 
