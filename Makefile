@@ -6,6 +6,7 @@ VENV ?= .venv
 RUN_DIR ?= runs/digits
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+PORTABILITY_ARGS ?=
 BENCH_ARGS ?=
 NOTEBOOKS ?=
 JUPYTER_ARGS ?=
@@ -29,10 +30,10 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train port test notebooks pictures bench lint build clean FORCE
+.PHONY: help setup train port test portability notebooks pictures bench lint build clean FORCE
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.torch $(VENV)/.extra-dev $(VENV)/.extra-notebooks ## make .venv with what tests, linters, examples and notebooks need
 	@echo "setup: $(VENV) is ready"
@@ -44,9 +45,12 @@ train: $(VENV)/.extra-examples ## train a small network on handwritten digits, i
 port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch to JAX and back, and compare
 	@$(BIN)/python examples/port_from_torch.py
 
-test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run all tests, those against PyTorch included
+test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, those against PyTorch included
 	@echo "test: running pytest"
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not notebook" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+portability: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run notebooks and tests as other processors would
+	@$(BIN)/python tests/portability.py $(PORTABILITY_ARGS)
 
 notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks $(JUPYTER_ARGS)

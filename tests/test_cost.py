@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from rmsprop_jax import rmsprop
+from rmsprop_jax.diagnostics import record_statistics
 
 SIZE = 1 << 20
 
@@ -111,3 +112,23 @@ def test_rebuilt_transformation_compiles_nothing_outside_jit(caplog: pytest.LogC
         caplog.clear()
         rmsprop(lr=0.2, momentum=0.9).update(params, state, params)
         assert not caplog.records
+
+
+def loops_of_recording(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
+    """How many programs over arrays, and how many ``while`` loops, recording adds to a step."""
+    params = {f"p{i}": jnp.ones(shape) for i, shape in enumerate(shapes)}
+    texts = []
+    for tx in (rmsprop(), record_statistics(rmsprop())):
+        texts.append(jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text())
+    fusions, whiles = ([len(re.findall(rf" {kind}\(", text)) for text in texts] for kind in ("fusion", "while"))
+    return fusions[1] - fusions[0], whiles[1] - whiles[0]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu" or jax.device_count() > 1, reason="loops of the CPU compiler")
+def test_recording_adds_few_loops_for_another_array() -> None:
+    """A recorder would otherwise take many times as long to compile as the step."""
+    few, many = (loops_of_recording([(3 + i, 4) for i in range(n)]) for n in (4, 16))
+    assert many[0] - few[0] <= 12  # one for each; unless they are joined, a dozen
+    large = loops_of_recording([(257, 256 + i) for i in range(4)])
+    assert large[0] <= few[0] + 4 * 8
+    assert few[1] == many[1] == large[1] == 1  # one for all quantiles of all arrays

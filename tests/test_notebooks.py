@@ -61,6 +61,7 @@ def test_the_six_notebooks_are_there() -> None:
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_puts_out_the_numbers_it_is_committed_with(path: Path) -> None:
     before, now = committed(path), execute.execute(path)
