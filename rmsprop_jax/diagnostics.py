@@ -786,6 +786,8 @@ class RecordedStatistics(Mapping[str, jax.Array]):
         return len(self.names)
 
 
+_UNKNOWN = Settings(lr=1.0, eps=0.0, eps_in_sqrt=False)  # what init needs none of
+
 _known_to_flax: list[bool] = []  # whether it is
 
 
@@ -867,7 +869,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
 
     def init(params: optax.Params) -> RecordStatisticsState:
         inner_state = inner.init(params)
-        leaves = _leaves_of(_settings(asked, inner_state, params), params, params, inner_state, params)
+        leaves = _leaves_of({(): _UNKNOWN}, params, params, inner_state, params)
         names = tuple(_keys(leaves))
         step = _states(inner_state)[0].step  # lies on the devices of the parameters, as all of the state has to
         nothing = jnp.broadcast_to(jnp.full_like(step, 0, jnp.float32), len(names))
@@ -887,7 +889,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
     ) -> tuple[optax.Updates, RecordStatisticsState]:
         if params is None:
             raise ValueError("params must be given to record their statistics: call update(updates, state, params)")
-        settings = _settings(asked, state.inner_state, params)
+        settings = _settings(asked, state.inner_state, params, **extra_args)
         done, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         leaves = _leaves_of(settings, updates, done, inner_state, params)
         is_due = state.update_count % every == 0
@@ -1027,13 +1029,13 @@ def settings(tx: optax.GradientTransformation, opt_state: optax.OptState, params
 
 
 def _settings(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params, **extra_args: Any
 ) -> dict[_Name, Settings]:
     """What each RMSProp in ``tx`` says of the parameters it would update if it were given ``opt_state``."""
     query = SettingsQuery()
     stand_in = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
     try:
-        _asking(tx)(stand_in, opt_state, params, rmsprop_settings=query)
+        _asking(tx)(stand_in, opt_state, params, **(extra_args | {"rmsprop_settings": query}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # What follows the RMSProp may want arguments of its own. What has not answered is missed by name later.
         if not query.answers:
@@ -1061,7 +1063,7 @@ def _asking(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def _check_usable(settings: Settings) -> None:
-    """Raises if a number exists only inside of a branch that has been left."""
+    """Raises if a number exists only inside of a branch that has been left. (Inside ``jit``, JAX says so at the end.)"""
     try:
         jax.tree.map(lambda x: jnp.asarray(x) + 0 if isinstance(x, jax.core.Tracer) else None, settings[:2])
     except jax.errors.UnexpectedTracerError:

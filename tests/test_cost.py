@@ -117,9 +117,10 @@ def test_rebuilt_transformation_compiles_nothing_outside_jit(caplog: pytest.LogC
 def loops_of_recording(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
     """How many programs over arrays, and how many ``while`` loops, recording adds to a step."""
     params = {f"p{i}": jnp.ones(shape) for i, shape in enumerate(shapes)}
-    texts = []
-    for tx in (rmsprop(), record_statistics(rmsprop())):
-        texts.append(jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text())
+    programs = [
+        jax.jit(tx.update).lower(params, tx.init(params), params) for tx in (rmsprop(), record_statistics(rmsprop()))
+    ]
+    texts = [program.compile().as_text() for program in programs]
     fusions, whiles = ([len(re.findall(rf" {kind}\(", text)) for text in texts] for kind in ("fusion", "while"))
     return fusions[1] - fusions[0], whiles[1] - whiles[0]
 

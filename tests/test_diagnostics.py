@@ -576,8 +576,9 @@ def test_wrapper_that_drops_extra_arguments_is_refused() -> None:
     for measure in MEASURES:
         with pytest.raises(ValueError, match=r"no RMSProp for the leaf a .* must pass keyword arguments on"):
             measure(tx, state, SMALL)
+    recorder = record_statistics(tx)
     with pytest.raises(ValueError, match="must pass keyword arguments on"):
-        record_statistics(tx).init(SMALL)
+        recorder.update(SMALL, recorder.init(SMALL), SMALL)
 
 
 def test_recorder_of_a_dialect_knows_its_numbers() -> None:
@@ -629,13 +630,25 @@ def test_schedules_may_be_pytrees_and_eps_one_of_them(compiled: bool) -> None:
     assert_close(dict(last.state.statistics), statistics(*last), rtol=TOLERANCE)
 
 
+def test_arguments_that_an_update_requires_reach_it_when_it_is_asked() -> None:
+    inner = rmsprop(0.1)
+
+    def update(updates: Any, state: Any, params: Any = None, *, value: Any, **extra_args: Any) -> Any:
+        return inner.update(updates, state, params, **extra_args)
+
+    tx = record_statistics(optax.GradientTransformationExtraArgs(inner.init, update))
+    state = tx.update(SMALL, tx.init(SMALL), SMALL, value=1.0)[1]
+    assert_close(state, record_statistics(inner).update(SMALL, tx.init(SMALL), SMALL)[1], rtol=1e-6)
+
+
 def test_rate_computed_inside_a_condition_is_refused_with_the_way_out() -> None:
     injected = optax.inject_hyperparams(rmsprop)(lr=lambda count: 0.1 / (1 + count))
     outside = record_statistics(optax.apply_if_finite(injected, 3))
+    state = outside.init(SMALL)
     with pytest.raises(ValueError, match=r"inside of a condition.*put record_statistics inside"):
-        outside.init(SMALL)
+        outside.update(SMALL, state, SMALL)
     with pytest.raises(jax.errors.UnexpectedTracerError):  # JAX says so at the end of the trace, in its own words
-        jax.jit(outside.init)(SMALL)
+        jax.jit(outside.update)(SMALL, state, SMALL)
     bare = optax.apply_if_finite(injected, 3)
     with pytest.raises(ValueError, match=r"inside of a condition"):
         effective_learning_rate(bare, bare.init(SMALL), SMALL)
