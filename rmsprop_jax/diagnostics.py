@@ -1063,7 +1063,7 @@ def _asking(tx: optax.GradientTransformation) -> Callable[..., Any]:
 
 
 def _check_usable(settings: Settings) -> None:
-    """Raises if a number exists only inside of a branch that has been left. (Inside ``jit``, JAX says so at the end.)"""
+    """Raises if a number exists only inside of a branch that was left; inside ``jit``, JAX says so at the end."""
     try:
         jax.tree.map(lambda x: jnp.asarray(x) + 0 if isinstance(x, jax.core.Tracer) else None, settings[:2])
     except jax.errors.UnexpectedTracerError:
