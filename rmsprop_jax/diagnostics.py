@@ -213,8 +213,8 @@ def statistics(
         never_updated  share that never had a gradient other than 0
 
     A quantile is an element of the leaf: the smallest one that at least 5, 50 or 95 % do not exceed (NumPy's
-    ``method="inverted_cdf"``), with NaN above all numbers. It is found by bisection of the bit pattern, exactly,
-    with neither a sort nor a copy of all leaves in one array.
+    ``method="inverted_cdf"``), with NaN above all numbers. It is found exactly, by bisection of the bit pattern.
+    Nothing is sorted, and only arrays of up to 65,536 elements are copied, on a single device.
 
     Where v is 0 (or rounded to it), the surprise has the smallest positive number of the state's dtype in its
     place; elements that were never updated do not count for it. Centered, v is the variance, and the surprise
@@ -463,8 +463,8 @@ def _quantiles(blocks: Sequence[_Block]) -> jax.Array:
     """The effective learning rates at ``_PERCENTILES``, a row per leaf and one for all leaves; NaN if there is none.
 
     Bit patterns of non-negative floats are ordered like the floats, with every NaN above. Each of the 32 rounds settles
-    one bit of all answers: it is set if too few elements lie below what it would make. Only counts are added up across
-    the leaves, so that they are neither joined nor sorted. (Together they may have up to 2³² elements.)
+    one bit of all answers: it is set if too few elements lie below what it would make. The counts of all leaves add up
+    to that of the total. (Together they may have up to 2³² elements.)
     """
     patterns = [_patterns(block.arrays) for block in blocks]
     all_sizes = [block.sizes for block in blocks]
