@@ -1,4 +1,8 @@
-"""The examples do what they say, run as a user runs them; a training run survives being killed at any moment."""
+"""The examples do what they say, run as a user runs them; a training run survives being killed at any moment.
+
+What a run has to be a process for, to be killed or to end with an exit code, has one of its own. All others are in this
+process, which has imported everything: that takes longer than the training.
+"""
 
 import contextlib
 import importlib.util
@@ -6,6 +10,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -61,19 +66,29 @@ def train_digits() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Ours; but warnings are errors, so that no filter hides one, and what is compiled is kept for the next run."""
-    return os.environ | {
-        "PYTHONWARNINGS": "error",
-        "PYTHONUNBUFFERED": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+def environment() -> dict[str, str]:
+    """Ours; but warnings are errors, so that no filter hides one."""
+    return os.environ | {"PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
 
 
 def run(environment: dict[str, str], example: str, *options: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(EXAMPLES / example), *map(str, options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs an example in this process, as its command line would, and returns what it prints. Warnings are errors."""
+
+    def run_here(example: str, *options: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [example, *map(str, options)])
+        with jax.numpy_rank_promotion("allow"):  # as anywhere outside these tests
+            runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        out, err = capfd.readouterr()
+        assert err == ""
+        return out
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +127,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 # --- one_update.py ---------------------------------------------------------------------------------------
 
 
-def test_one_update_prints_the_loss_that_the_formulas_give(environment: dict[str, str]) -> None:
+def test_one_update_prints_the_loss_that_the_formulas_give(run_here: Callable[..., str]) -> None:
     one_update = load("one_update")
     model = one_update.MLP(nnx.Rngs(0))
     x, y, w1, b1, w2, b2 = (
@@ -133,10 +148,7 @@ def test_one_update_prints_the_loss_that_the_formulas_give(environment: dict[str
     gradients = x.T @ d_hidden, d_hidden.sum(0), hidden.T @ d_output, d_output.sum(0)
     updated = [p - 0.01 * g / (np.sqrt(0.01 * g * g) + 1e-8) for p, g in zip((w1, b1, w2, b2), gradients, strict=True)]
 
-    finished = run(environment, "one_update.py")
-
-    assert (finished.returncode, finished.stderr) == (0, "")
-    printed = re.fullmatch(r"Loss after one update: (\d+\.\d{6})\n", finished.stdout)
+    printed = re.fullmatch(r"Loss after one update: (\d+\.\d{6})\n", run_here("one_update.py"))
     assert float(printed[1]) == pytest.approx(loss(*updated), abs=2e-6)
     assert loss(*updated) < loss(w1, b1, w2, b2)
 
@@ -185,30 +197,28 @@ def test_checkpoint_holds_model_optimizer_history_and_settings(finished: tuple) 
 
 
 def test_finished_run_prints_its_result_again_and_trains_no_more(
-    finished: tuple, environment: dict[str, str], tmp_path: Path
+    finished: tuple, run_here: Callable[..., str], tmp_path: Path
 ) -> None:
     output, process = finished
     again = tmp_path / "again"
     shutil.copytree(output, again)
     before = contents(again / "checkpoints")
 
-    resumed = run(environment, "train_digits.py", "--output", again, *OPTIONS, "--resume")
+    resumed = run_here("train_digits.py", "--output", again, *OPTIONS, "--resume")
 
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert "epoch 3 of 3" not in resumed.stdout
-    assert resumed.stdout.splitlines()[-1] == process.stdout.splitlines()[-1]
+    assert "epoch 3 of 3" not in resumed
+    assert resumed.splitlines()[-1] == process.stdout.splitlines()[-1]
     assert contents(again / "checkpoints") == before
     assert (again / "curves.png").read_bytes() == (output / "curves.png").read_bytes()
 
 
-def test_default_settings_reach_98_percent(environment: dict[str, str], tmp_path: Path) -> None:
+def test_default_settings_reach_98_percent(
+    run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # Without --output, as in the first line of the docstring: in a folder below the working directory.
-    command = [sys.executable, str(EXAMPLES / "train_digits.py")]
-    process = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert (process.returncode, process.stderr) == (0, "")
-    assert float(re.search(r"^test accuracy: (\d+\.\d\d)%\n\Z", process.stdout, re.MULTILINE)[1]) >= 98
+    monkeypatch.chdir(tmp_path)
+    out = run_here("train_digits.py")
+    assert float(re.search(r"^test accuracy: (\d+\.\d\d)%\n\Z", out, re.MULTILINE)[1]) >= 98
     assert (tmp_path / "runs" / "digits" / "curves.png").is_file()
 
 
@@ -277,18 +287,22 @@ def kill_at(moment: Moment, environment: dict[str, str], output: Path) -> None:
     [(before_the_first_checkpoint, [0]), (in_the_middle_of_an_epoch, [1, 2]), (while_a_checkpoint_is_written, [1])],
 )
 def test_killed_run_ends_as_if_it_had_not_been_killed(
-    moment: Moment, done: list[int], finished: tuple, environment: dict[str, str], tmp_path: Path
+    moment: Moment,
+    done: list[int],
+    finished: tuple,
+    environment: dict[str, str],
+    run_here: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     output, process = finished
     kill_at(moment, environment, tmp_path / "killed")
     epochs_done = len(complete_checkpoints(tmp_path / "killed"))
     assert epochs_done in done
 
-    resumed = run(environment, "train_digits.py", "--output", tmp_path / "killed", *OPTIONS, "--resume")
+    resumed = run_here("train_digits.py", "--output", tmp_path / "killed", *OPTIONS, "--resume")
 
-    assert (resumed.returncode, resumed.stderr) == (0, "")
-    assert resumed.stdout.count("test accuracy") == EPOCHS - epochs_done + 1
-    assert resumed.stdout.splitlines()[-1] == process.stdout.splitlines()[-1]
+    assert resumed.count("test accuracy") == EPOCHS - epochs_done + 1
+    assert resumed.splitlines()[-1] == process.stdout.splitlines()[-1]
     expected, ended = arrays(output), arrays(tmp_path / "killed")
     assert ended.keys() == expected.keys()
     different = [path for path in expected if not np.array_equal(ended[path], expected[path])]
