@@ -34,7 +34,7 @@ _PERCENTILES = (5, 50, 95)  # of the effective learning rate
 _WITHOUT_STATE = ("grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite")
 _FIGURES = (*_WITHOUT_STATE, *(f"lr_{percent}" for percent in _PERCENTILES), "eps_share", "never_updated", "surprise")
 _TOTAL = "total"
-_JOINED = 4**8  # elements; a larger array is never copied
+_JOINED = 4**8  # elements; larger arrays are not joined
 
 # The names on the way from the root of a tree to a leaf. Leaves are matched by these, so that a state may be in other
 # containers than the parameters: Flax wraps the leaves of both, each in its own class.
@@ -214,12 +214,14 @@ def statistics(
 
     A quantile is an element of the leaf: the smallest one that at least 5, 50 or 95 % do not exceed (NumPy's
     ``method="inverted_cdf"``), with NaN above all numbers. It is found exactly, by bisection of the bit pattern.
-    Nothing is sorted, and only arrays of up to 65,536 elements are copied, on a single device.
+    Nothing is sorted. While it runs it needs memory, on a CPU about 8 bytes per parameter, and 24 for arrays of up to
+    65,536 elements, which on a single device are joined first.
 
-    Where v is 0 (or rounded to it), the surprise has the smallest positive number of the state's dtype in its
-    place; elements that were never updated do not count for it. Centered, v is the variance, and the surprise
-    of a steady gradient is large. What was never updated is told by ``grad_avg`` if centered and else
-    by ``square_avg`` being exactly 0; an average that starts from another value (TensorFlow's) hides it.
+    Where v is 0 (or rounded to it), the surprise has the smallest normal number in its place (the smallest number of
+    the state's dtype, if that is larger); elements that were never updated do not count for it. Centered, v is the
+    variance, and the surprise of a steady gradient is large. What was never updated is told by ``grad_avg`` if
+    centered and else by ``square_avg`` being exactly 0; an average that starts from another value (TensorFlow's)
+    hides it.
 
     Half precision is computed in float32. A complex leaf counts as two real ones of its shape. The statistics have no
     derivatives.
@@ -273,9 +275,9 @@ def _keys(leaves: Mapping[str, _Leaf]) -> list[str]:
     return [f"{name}/{figure}" for name in names for figure in figures.get(name, _FIGURES)]
 
 
-# XLA compiles the longer, the more loops over arrays of different shapes there are, and a loop with many results takes
-# hardly longer than one with a single result. So there are four loops per array, small arrays are joined, and all else
-# is arithmetic on a table with a row per leaf.
+# XLA's compile time grows with the number of loops over arrays of different shapes, but hardly with the number of
+# results per loop. So each array gets a few loops with many results, small arrays are joined, and the rest is
+# arithmetic on a table with one row per leaf.
 
 
 @jax.jit
@@ -283,21 +285,25 @@ def _figures(leaves: Mapping[str, _Leaf]) -> jax.Array:
     """All figures in one float32 vector."""
     # A loss differentiated through recorded updates has no use for the derivatives here, some of which are infinite.
     leaves = jax.lax.stop_gradient(leaves)
-    if not leaves:
-        return jnp.zeros(len(_FIGURES), jnp.float32)
     blocks = sorted(_blocks(leaves), key=lambda block: block.arrays.v is None)
     rows = [name for block in blocks for name in block.names]
-    sizes = [size for block in blocks for size in block.sizes]
     largest, sums, errors, counts = _stacked([_measured(block.arrays, smallest=block.smallest) for block in blocks])
-    counts = counts.astype(jnp.float32)
-    norms = _unit(largest) * jnp.sqrt(jnp.where(jnp.isfinite(sums), sums + errors, sums))
     rates = _quantiles([block for block in blocks if block.arrays.v is not None])
     n = len(rates) - 1  # leaves with a state, which are what the total is of
 
+    def with_total(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, jnp.sum(x[:n], axis=0, keepdims=True, dtype=x.dtype)])
+
+    counts = with_total(counts.astype(jnp.uint32))
+    sizes = with_total(jnp.asarray([size for block in blocks for size in block.sizes], jnp.uint32))
+    # How many elements the mean of each square is over: the surprise is about those that were ever updated.
+    numbers = jnp.maximum(1, jnp.stack([sizes, sizes, sizes, sizes - counts[:, 2]], axis=1)).astype(sums.dtype)
+    rms = _unit(largest) * jnp.sqrt(jnp.where(jnp.isfinite(sums), sums + errors, sums) / numbers[:-1])
+    total = _norm(rms[:n] * jnp.sqrt(numbers[:n] / numbers[-1:]), axis=0)
+
     table = _table(
-        jnp.concatenate([norms, _norm(norms[:n], axis=0)[None]]).astype(jnp.float32),
-        jnp.concatenate([counts, jnp.sum(counts[:n], axis=0)[None]]),
-        np.maximum(1, np.array([*sizes, sum(sizes[:n])], np.float32)),
+        jnp.concatenate([rms, total[None]]).astype(jnp.float32),
+        counts.astype(jnp.float32) / jnp.maximum(1, sizes).astype(jnp.float32)[:, None],
         jnp.concatenate([rates[:n], jnp.zeros((len(rows) - n, len(_PERCENTILES)), jnp.float32), rates[n:]]),
     )
     place = {f"{name}/{figure}": (i, j) for i, name in enumerate([*rows, _TOTAL]) for j, figure in enumerate(_FIGURES)}
@@ -306,13 +312,12 @@ def _figures(leaves: Mapping[str, _Leaf]) -> jax.Array:
     return vector
 
 
-def _table(norms: jax.Array, counts: jax.Array, sizes: np.ndarray, rates: jax.Array) -> jax.Array:
+def _table(rms: jax.Array, shares: jax.Array, rates: jax.Array) -> jax.Array:
     """The figures, a row per leaf, in the order of ``_FIGURES``."""
-    g, u, p, surprise = (norms / np.sqrt(sizes)[:, None]).T
-    nonfinite, below_eps, never = (counts / sizes[:, None]).T
+    g, u, p, surprise = rms.T
+    nonfinite, below_eps, never = shares.T
     # Biases start at 0. As long as one rests there, 0/0 must not be computed: jax_debug_nans would stop there.
     ratio = u / jnp.where(u == 0, 1.0, p)
-    surprise *= jnp.sqrt(sizes / jnp.maximum(1.0, sizes * (1 - never)))
     return jnp.stack([g, p, u, ratio, nonfinite, *rates.T, below_eps, never, surprise], axis=1)
 
 
@@ -322,7 +327,7 @@ class _Arrays(NamedTuple):
     g: jax.Array
     u: jax.Array
     p: jax.Array
-    length: np.ndarray | None = None  # of each row without its filling; None if there is none
+    length: np.ndarray | None = None  # how many elements of each row are no padding; None if all
     v: Any = None  # None, as is all that follows, if no RMSProp updates them
     first: Any = None  # the average that tells whether there was an update, if v does not
     lr: Any = None  # a number for each parameter
@@ -333,7 +338,7 @@ class _Arrays(NamedTuple):
         return jnp.asarray(x).reshape(-1, *[1] * (self.p.ndim - 1))
 
     def is_element(self) -> Any:
-        """Which elements are no filling."""
+        """True where an element belongs to a leaf, False where it is padding."""
         if self.length is None:
             return True
         return jax.lax.broadcasted_iota(jnp.uint32, self.p.shape, 1) < self.per_row(self.length)
@@ -347,9 +352,9 @@ class _Block(NamedTuple):
 
 
 def _blocks(leaves: Mapping[str, _Leaf]) -> list[_Block]:
-    """All leaves, those joined that are small, alike and about equally large.
+    """Joins small leaves of equal dtypes and similar size, and leaves the others alone.
 
-    Where there are several devices none are joined: an array is read where its parts lie.
+    With several devices it joins nothing, so that no array moves.
     """
     alike: dict[Any, list[_Block]] = {}
     for name, leaf in leaves.items():
@@ -381,7 +386,7 @@ def _joined(blocks: Sequence[_Block]) -> _Block:
 
     def join(*arrays: jax.Array) -> jax.Array:
         rows = [(x.reshape(-1), jnp.zeros(length - x.size, x.dtype)) for x in arrays]
-        return jnp.concatenate([piece for row in rows for piece in row if piece.size]).reshape(len(sizes), length)
+        return jnp.concatenate([piece for row in rows for piece in row]).reshape(len(sizes), length)
 
     def numbers(*arrays: jax.Array) -> jax.Array:
         return jnp.concatenate(arrays)
@@ -397,7 +402,7 @@ def _joined(blocks: Sequence[_Block]) -> _Block:
 class _Measured(NamedTuple):
     """Of g, u, p and g/√v, with a number for each parameter."""
 
-    largest: list[jax.Array]  # the unit of what follows, so that neither 1e30 overflows nor 1e-30 underflows float32
+    largest: list[jax.Array]  # the unit of what follows, so that neither 1e38 overflows nor 1e-36 underflows
     sums: list[jax.Array]  # of squares
     errors: list[jax.Array]  # what was rounded away from the sums
     counts: list[jax.Array]  # of elements that are not finite, below eps, never updated
@@ -405,7 +410,7 @@ class _Measured(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="smallest")
 def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
-    """Jitted by itself, so that arrays of one shape and dtype are traced and lowered once and not one by one."""
+    """A jit of its own, so that arrays of one shape and dtype are traced and lowered once."""
     g, u, p, v = arrays.g, arrays.u, arrays.p, arrays.v
     quantities, shares = [g, u, p], [~(jnp.isfinite(g) & jnp.isfinite(u) & jnp.isfinite(p))]
     if v is not None:
@@ -429,20 +434,23 @@ def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
 
 
 def _unit(largest: jax.Array) -> jax.Array:
-    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    """What to divide by before squaring; XLA multiplies by the reciprocal, which must not be subnormal."""
+    limit = float(jnp.finfo(largest.dtype).max) ** 0.75
+    return jnp.where((largest > 0) & jnp.isfinite(largest), jnp.clip(largest, 1 / limit, limit), 1.0)
 
 
 def _stacked(blocks: Sequence[_Measured]) -> list[jax.Array]:
     """Each field as a table with a row per leaf, and 0 where a block has nothing."""
 
-    def table(fields: Sequence[list[jax.Array]]) -> jax.Array:
-        wide = max((x.dtype for field in fields for x in field), key=lambda dtype: dtype.itemsize)
-        width = max(map(len, fields))
-        filled = [[*field, *[jnp.zeros_like(field[0])] * (width - len(field))] for field in fields]
-        columns = [jnp.concatenate([x.astype(wide) for x in column]) for column in zip(*filled, strict=True)]
-        return jnp.stack(columns, axis=1)
+    def table(field: str, width: int) -> jax.Array:
+        rows = [getattr(block, field) for block in blocks]
+        wide = max((x.dtype for row in rows for x in row), key=lambda x: x.itemsize, default=jnp.dtype(jnp.float32))
+        columns = [
+            [(row[k] if k < len(row) else jnp.zeros_like(row[0])).astype(wide) for row in rows] for k in range(width)
+        ]
+        return jnp.stack([jnp.concatenate([jnp.zeros(0, wide), *column]) for column in columns], axis=1)
 
-    return [table(fields) for fields in zip(*blocks, strict=True)]
+    return [table(field, width) for field, width in zip(_Measured._fields, (4, 4, 4, 3), strict=True)]
 
 
 def _row_by_row(combine: Callable[[Any, Any], Sequence[jax.Array]], operands: Sequence[jax.Array]) -> list[jax.Array]:
@@ -453,7 +461,7 @@ def _row_by_row(combine: Callable[[Any, Any], Sequence[jax.Array]], operands: Se
 
 
 def _norm(x: jax.Array, axis: int | None = None) -> jax.Array:
-    """√Σx², where neither x = 1e30 overflows nor x = 1e-30 underflows float32: a diverging run shows how far it is."""
+    """√Σx², where neither x = 1e38 overflows nor x = 1e-36 underflows float32: a diverging run shows how far it is."""
     unit = _unit(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
     norm: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
     return jnp.squeeze(norm, axis)
@@ -470,18 +478,19 @@ def _quantiles(blocks: Sequence[_Block]) -> jax.Array:
     all_sizes = [block.sizes for block in blocks]
     ranks = [*map(_ranks, all_sizes), _ranks([sum(map(sum, all_sizes))])]
 
+    none = jnp.zeros((0, len(_PERCENTILES)), jnp.uint32)
+
     def settle_bit(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
         bit = jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32)  # without jit i may be an int
         *each, whole = tries = [x | bit for x in found]
         own, others = [], [none]
         for x, bounds in zip(patterns, each, strict=True):
             counts = _count_below(x, bounds, whole)
-            own += [counts[:, : len(_PERCENTILES)]]
-            others += [counts[:, len(_PERCENTILES) :]]
+            own.append(counts[:, : len(_PERCENTILES)])
+            others.append(counts[:, len(_PERCENTILES) :])
         below = [*own, jnp.sum(jnp.concatenate(others), axis=0, keepdims=True, dtype=jnp.uint32)]
         return [jnp.where(x < rank, new, old) for x, rank, new, old in zip(below, ranks, tries, found, strict=True)]
 
-    none = jnp.zeros((0, len(_PERCENTILES)), jnp.uint32)
     start = [_varying_like(jnp.zeros(x.shape, jnp.uint32), patterns) for x in ranks]
     found = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), settle_bit, start)
     quantiles: jax.Array = jax.lax.bitcast_convert_type(jnp.concatenate(found), jnp.float32)
@@ -489,13 +498,13 @@ def _quantiles(blocks: Sequence[_Block]) -> jax.Array:
 
 
 def _ranks(sizes: Sequence[int]) -> np.ndarray:
-    """How many elements a quantile and those below it are."""
+    """The rank of each quantile, counted from 1."""
     return np.array([[max(1, -(-size * percent // 100)) for percent in _PERCENTILES] for size in sizes], np.uint32)
 
 
 @jax.jit
 def _patterns(arrays: _Arrays) -> jax.Array:
-    """The bit patterns of the effective learning rates, as float32; filling lies above all."""
+    """The bit patterns of the effective learning rates, as float32; padding lies above all."""
     lr, inside, outside = map(arrays.per_row, (arrays.lr, *arrays.eps))
     rates = (lr / _denominator(arrays.v, (inside, outside))).astype(jnp.float32)
     return jnp.where(arrays.is_element(), jax.lax.bitcast_convert_type(rates, jnp.uint32), np.uint32(0xFFFFFFFF))
@@ -512,7 +521,7 @@ def _count_below(x: jax.Array, own: jax.Array, whole: jax.Array) -> jax.Array:
     if jax.device_count() == 1:
         tests = [(x < bound).astype(jnp.uint32) for bound in bounds]
         return jnp.stack(_row_by_row(lambda a, b: list(map(jnp.add, a, b)), tests), axis=1)
-    # The devices tell each other one array with all counts. Of a loop with several results each would be told alone.
+    # One array of counts needs one all-reduce; a reduce with several results would need one for each.
     below = x[None] < jnp.stack(bounds)
     return jnp.sum(below, axis=tuple(range(2, below.ndim)), dtype=jnp.uint32).T
 
@@ -679,7 +688,7 @@ def _bytes(number: float) -> str:
 
 
 def _remarks(leaves: Mapping[str, _Leaf], found: Mapping[str, float]) -> Iterator[str]:
-    """What looks wrong. A cause silences its consequences, and a comparison with NaN is false."""
+    """What looks wrong. A root cause suppresses the remarks it explains. Comparisons with NaN are false."""
 
     def eps_rules(name: str) -> bool:
         below, never = found[f"{name}/eps_share"], found[f"{name}/never_updated"]
@@ -765,11 +774,17 @@ class RecordedStatistics(Mapping[str, jax.Array]):
     vector: jax.Array
     update: jax.Array
 
+    __eq__ = object.__eq__  # that of a mapping compares arrays
+    __hash__ = object.__hash__
+
     def __post_init__(self) -> None:
         """Makes ``flax.serialization`` know this class, wherever Flax is in use."""
-        if (serialization := sys.modules.get("flax.serialization")) and not _known_to_flax:
-            serialization.register_serialization_state(RecordedStatistics, _to_state_dict, _from_state_dict)
-            _known_to_flax.append(True)
+        _register_with_flax()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As if it had been built: pickle and copy do not."""
+        self.__dict__.update(state)
+        _register_with_flax()
 
     def __getitem__(self, name: str) -> jax.Array:
         """The value, or the values over time, of one statistic."""
@@ -786,9 +801,17 @@ class RecordedStatistics(Mapping[str, jax.Array]):
         return len(self.names)
 
 
-_UNKNOWN = Settings(lr=1.0, eps=0.0, eps_in_sqrt=False)  # what init needs none of
+_UNKNOWN = Settings(lr=1.0, eps=0.0, eps_in_sqrt=False)  # init needs the names of the figures, not their values
 
-_known_to_flax: list[bool] = []  # whether it is
+
+def _register_with_flax() -> None:
+    if "flax.serialization" in sys.modules:
+        _register(sys.modules["flax.serialization"])
+
+
+@functools.cache
+def _register(serialization: Any) -> None:
+    serialization.register_serialization_state(RecordedStatistics, _to_state_dict, _from_state_dict, override=True)
 
 
 def _to_state_dict(record: RecordedStatistics) -> dict[str, Any]:
@@ -831,7 +854,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
     ``jax.lax.cond``, so that the updates in between cost nothing, and stay on the device: nothing calls back to the
     host. (Under a ``vmap`` with states of its own the condition becomes a selection, and every update pays.)
 
-    It wraps the RMSProp and is no link beside it, because a link of ``optax.chain`` does not see the state of
+    It wraps the RMSProp instead of following it, because a link of ``optax.chain`` does not see the state of
     another. Put it inside the chain, behind clipping: ``surprise`` compares the gradients that the wrapper is given
     with the average of those that RMSProp was given.
 
@@ -1096,7 +1119,7 @@ def _before(opt_state: optax.OptState) -> optax.OptState:
 
 
 def _settings_of(settings: Mapping[_Name, Settings], name: _Name) -> Settings:
-    for depth in range(len(name), -1, -1):  # in the boxes of Flax, a path goes on
+    for depth in range(len(name), -1, -1):  # inside the boxes of Flax, the path is longer
         if name[:depth] in settings:
             return settings[name[:depth]]
     raise ValueError(

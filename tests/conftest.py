@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spreads the notebooks, the longest tests, over the run: each worker gets some, and none is left for the end."""
+    """Spreads the notebooks, the longest tests, over the run: each worker gets some, and none starts one last."""
     slow = [item for item in items if item.name.startswith("test_notebook_puts_out")]
     others = [item for item in items if item not in slow]
     for i, item in enumerate(slow):

@@ -81,7 +81,7 @@ class Setting(NamedTuple):
         return f"XLA {self.xla}, torch {self.torch}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def environment(self) -> dict[str, str]:
-        """What tells the libraries. :meth:`Job.run` limits the number of processors."""
+        """The variables that limit instructions and threads; :meth:`Job.run` limits the processors."""
         return {
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa={self.xla}".strip(),
             "ATEN_CPU_CAPABILITY": self.torch,
@@ -146,7 +146,7 @@ class Job(NamedTuple):
 
 
 def imports_torch(path: pathlib.Path) -> bool:
-    """Whether a test or a notebook has something to do with torch."""
+    """Whether a test or a notebook imports torch."""
     return bool(re.search(r"\bimport torch\b|importorskip\(.{0,2}torch\b", path.read_text()))
 
 
@@ -244,7 +244,10 @@ def run_all(todo: Sequence[Job], processors: Sequence[int]) -> dict[Setting, dic
                 return
             start = time.monotonic()
             mine = [processors[(place + i) % len(processors)] for i in range(job.setting.threads)]
-            found = job.run(mine, folder)
+            try:
+                found = job.run(mine, folder)
+            except Exception as error:  # a thread that dies must not look like one that found nothing
+                found = {column(job.tests[0]): Outcome(failures=(f"{type(error).__name__}: {error}",))}
             with lock:
                 whole = results.setdefault(job.setting, {})
                 for name, outcome in found.items():
@@ -273,6 +276,8 @@ def main() -> None:
     if unknown := set(options.parts) - {"notebooks", "tests"}:
         parser.error(f"PART must be notebooks or tests, got {', '.join(sorted(unknown))}")
     settings = [Setting(x, t, n) for x in options.xla for n in options.threads for t in options.torch]
+    if not hasattr(os, "sched_getaffinity"):
+        parser.error("processors can be assigned on Linux only")
     processors = sorted(os.sched_getaffinity(0))
     here = [setting for setting in settings if not missing(setting, features(), len(processors))]
     results = run_all(list(jobs(here, options.parts)), processors)
@@ -280,7 +285,7 @@ def main() -> None:
     failures = [(setting, text) for setting in here for x in results[setting].values() for text in x.failures]
     for setting, text in failures:
         print(f"\n{setting}\n  {text}")
-    if failures:
+    if failures or not here:  # if no setting runs here, nothing was shown
         sys.exit(1)
 
 

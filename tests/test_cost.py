@@ -129,7 +129,7 @@ def loops_of_recording(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
 def test_recording_adds_few_loops_for_another_array() -> None:
     """A recorder would otherwise take many times as long to compile as the step."""
     few, many = (loops_of_recording([(3 + i, 4) for i in range(n)]) for n in (4, 16))
-    assert many[0] - few[0] <= 12  # one for each; unless they are joined, a dozen
+    assert many[0] - few[0] <= 12  # one for each array at most; unless they were joined, a dozen
     large = loops_of_recording([(257, 256 + i) for i in range(4)])
     assert large[0] <= few[0] + 4 * 8
     assert few[1] == many[1] == large[1] == 1  # one for all quantiles of all arrays

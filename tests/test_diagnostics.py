@@ -1,8 +1,11 @@
 """The statistics against NumPy, wherever the state is found; and every staged failure told by its summary."""
 
+import copy
 import dataclasses
 import functools
 import html.parser
+import pathlib
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +21,7 @@ import rmsprop_jax
 from compare import assert_close, assert_same
 from rmsprop_jax import RMSPropState, diagnostics, dialects, rmsprop, scale_by_rmsprop
 from rmsprop_jax.diagnostics import denominator, effective_learning_rate, record_statistics, statistics, summary
-from test_promises import in_fresh_process, quick_jit
+from test_promises import devices, in_fresh_process, quick_jit
 
 NEEDS_NO_STATE = {"grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite"}
 ALL = NEEDS_NO_STATE | {"lr_5", "lr_50", "lr_95", "eps_share", "surprise", "never_updated"}
@@ -300,11 +303,45 @@ def test_surprise_of_an_average_that_underflowed_is_finite() -> None:
     assert found["params/never_updated"] == 0
 
 
-def test_no_leaves_give_no_error() -> None:
+@pytest.mark.parametrize(
+    ("params", "number"), [({}, 11), ({"a": jnp.zeros(0)}, 22), ({"a": jnp.zeros(0), "b": jnp.zeros((2, 0))}, 33)]
+)
+def test_no_elements_give_no_error(params: Any, number: int) -> None:
     tx = rmsprop()
-    state = tx.init({})
-    assert effective_learning_rate(tx, state, {}) == {}
-    assert statistics(tx, {}, {}, state, {})["total/grad_rms"] == 0
+    state = tx.init(params)
+    assert effective_learning_rate(tx, state, params).keys() == params.keys()
+    found = statistics(tx, params, params, state, params)
+    assert len(found) == number
+    assert {key for key, value in found.items() if value != 0} == {key for key in found if "/lr_" in key}
+    assert np.isnan(found["total/lr_50"])
+
+
+def test_leaves_that_are_all_frozen_have_what_needs_no_state() -> None:
+    tx = optax.masked(rmsprop(), {"a": False, "b": False})
+    found = statistics(tx, SMALL, SMALL, after(tx, make=lambda seed: SMALL).state, SMALL)
+    assert {key for key in found if not key.startswith("total/")} == {f"{x}/{y}" for x in "ab" for y in NEEDS_NO_STATE}
+    assert found["total/param_rms"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-18, 1e18, 1e38, 3e38])
+def test_size_of_what_is_measured_does_not_matter(scale: float) -> None:
+    """XLA multiplies by reciprocals, and that of 1e38 is flushed to 0."""
+    sizes = {"a": np.linspace(-1, 1, 7), "b": np.linspace(0.5, 0.6, 5)}
+    params = jax.tree.map(lambda x: jnp.asarray(x * scale, jnp.float32), sizes)
+    grads = jax.tree.map(jnp.ones_like, params)
+    tx = rmsprop()
+    updates, state = tx.update(grads, tx.init(params), params)
+    found = statistics(tx, grads, updates, state, params)
+    for name, x in (*sizes.items(), ("total", np.concatenate([*sizes.values()]))):
+        np.testing.assert_allclose(found[f"{name}/param_rms"], np.sqrt(np.mean(x**2)) * scale, rtol=1e-6)
+
+
+def test_surprise_of_few_elements_among_many_is_exact() -> None:
+    params = {"embedding": jnp.ones(1 << 22)}
+    grads = {"embedding": jnp.zeros(1 << 22).at[:3].set(1.0)}
+    tx = rmsprop(alpha=0.75)
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert statistics(tx, grads, updates, state, params)["embedding/surprise"] == 2
 
 
 # --- Where the state is found ------------------------------------------------------------------------------
@@ -364,8 +401,9 @@ def test_frozen_parameters_have_what_needs_no_state_and_no_part_in_the_total() -
     found = statistics(*last)
     assert {key.removeprefix("out/0/") for key in found if key.startswith("out/0/")} == NEEDS_NO_STATE
     alone = after(rmsprop(0.03), make=lambda seed: {"conv1": tree(seed)["conv1"]})
+    expected = statistics(*alone)
     for name in ALL:
-        assert_same(found[f"total/{name}"], statistics(*alone)[f"total/{name}"])
+        assert_same(found[f"total/{name}"], expected[f"total/{name}"])
     assert isinstance(denominator(last.tx, last.state, last.params)["out"], optax.MaskedNode | list)
     assert "–" in str(summary(*last))
 
@@ -896,6 +934,19 @@ def test_state_keeps_structure_shapes_and_types_and_its_buffers_are_donated() ->
     assert all(x.is_deleted() for x in old)
 
 
+def test_record_is_itself_and_known_to_flax_wherever_it_comes_from(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("flax")
+    record = record_statistics(rmsprop()).init(SMALL).statistics
+    assert record == record
+    assert record != copy.deepcopy(record)
+    (tmp_path / "record").write_bytes(pickle.dumps(record))
+    in_fresh_process(
+        "import pathlib, pickle, sys, flax.serialization as flax\n"
+        f"record = pickle.loads(pathlib.Path({str(tmp_path / 'record')!r}).read_bytes())\n"
+        "assert flax.from_bytes(record, flax.to_bytes(record)).names == record.names"
+    )
+
+
 def test_recorded_history_of_a_scan_maps_keys_to_arrays() -> None:
     tx = record_statistics(rmsprop(0.03), 1)
 
@@ -964,7 +1015,7 @@ def test_extra_arguments_reach_the_transformation_inside() -> None:
 
 
 def test_recording_of_sharded_parameters_compiles_once_and_gathers_nothing() -> None:
-    in_fresh_process(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    in_fresh_process(SHARDED, **devices(8))
 
 
 SHARDED = r"""
@@ -993,7 +1044,7 @@ np.testing.assert_allclose(state.statistics.vector, expected.statistics.vector, 
 def test_recorder_is_carried_by_a_loop_inside_shard_map() -> None:
     if not hasattr(jax, "shard_map") or not hasattr(jax, "typeof"):
         pytest.skip("this JAX has no varying types")
-    in_fresh_process(SHARD_MAPPED, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    in_fresh_process(SHARD_MAPPED, **devices(8))
 
 
 SHARD_MAPPED = """
@@ -1023,7 +1074,7 @@ assert last.shape[0] == 8 and np.isfinite(last).all()
 def test_explicit_mesh_with_arrays_sharded_along_the_last_axis() -> None:
     if not hasattr(jax.sharding, "AxisType"):
         pytest.skip("this JAX has no explicit axes")
-    in_fresh_process(EXPLICIT, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    in_fresh_process(EXPLICIT, **devices(8))
 
 
 EXPLICIT = """
@@ -1072,7 +1123,7 @@ def train(loss: Callable[..., Any], params: Any, batches: list[Any], at: set[int
     """Trains with ``rmsprop(**setting)``; the summaries of the updates ``at``, and the loss before each update."""
     tx, summaries, losses = rmsprop(**setting), {}, []
 
-    @jax.jit
+    @quick_jit
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads = jax.value_and_grad(loss)(params, *batch)
         updates, state = tx.update(grads, state, params)

@@ -1,4 +1,4 @@
-"""``make portability`` runs what it should, says what it cannot run, and is red when something is."""
+"""``make portability`` runs what it should, says what it cannot run, and fails when a test fails."""
 
 import os
 import pathlib

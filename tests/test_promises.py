@@ -117,6 +117,12 @@ def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function, compiler_options=compiler_options())
 
 
+def devices(number: int) -> dict[str, str]:
+    """The environment of a process with so many devices, which compiles as :func:`quick_jit` does."""
+    options = {"xla_force_host_platform_device_count": number} | compiler_options()
+    return {"XLA_FLAGS": " ".join(f"--{option}={str(value).lower()}" for option, value in options.items())}
+
+
 @functools.cache
 def built(name: str) -> Transformation:
     return TRANSFORMATIONS[name]()
@@ -726,7 +732,7 @@ def test_every_mode_gives_the_same_bits() -> None:
 
 
 def test_many_devices() -> None:
-    in_fresh_process("import many_devices; many_devices.main()", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    in_fresh_process("import many_devices; many_devices.main()", **devices(4))
 
 
 BIT_IDENTICAL = """
