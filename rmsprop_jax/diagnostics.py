@@ -838,13 +838,11 @@ class RecordStatisticsState(NamedTuple):
 
 jax.export.register_pytree_node_serialization(
     RecordedStatistics,
-    serialized_name="rmsprop_jax.diagnostics.RecordedStatistics",
+    serialized_name="rmsprop_jax.RecordedStatistics",
     serialize_auxdata=lambda static: json.dumps(static).encode(),  # a tuple with the names
     deserialize_auxdata=lambda static: tuple(map(tuple, json.loads(static))),
 )
-jax.export.register_namedtuple_serialization(
-    RecordStatisticsState, serialized_name="rmsprop_jax.diagnostics.RecordStatisticsState"
-)
+jax.export.register_namedtuple_serialization(RecordStatisticsState, serialized_name="rmsprop_jax.RecordStatisticsState")
 
 
 def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> optax.GradientTransformationExtraArgs:
