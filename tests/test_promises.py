@@ -732,6 +732,8 @@ def test_every_mode_gives_the_same_bits() -> None:
 
 
 def test_many_devices() -> None:
+    if not hasattr(jax, "shard_map"):
+        pytest.skip("the meshes of JAX 0.6.0 keep tracers of programs that are done")
     in_fresh_process("import many_devices; many_devices.main()", **devices(4))
 
 
