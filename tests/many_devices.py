@@ -145,7 +145,8 @@ def main() -> None:
     """All checks, one after the other."""
     assert jax.device_count() == 4
     expected = quick_jit(train_all)(PARAMS, GRADIENTS)
-    check_shard_map(expected)
+    if hasattr(jax, "shard_map"):  # inside that of JAX 0.6.0, a state that init makes cannot be carried by a loop
+        check_shard_map(expected)
     check_mesh("Auto", expected)
     check_mesh("Explicit", expected)
     check_state_that_enters_shard_map()
