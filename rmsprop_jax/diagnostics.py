@@ -850,8 +850,8 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
 
     After update number n (from 0) the state holds those of update ``n − n % every``. They are computed under
     ``jax.lax.cond``, so that the updates in between cost nothing, and stay on the device: nothing calls back to the
-    host. (Under a ``vmap`` with states of its own the condition becomes a selection, and every update pays. It
-    does not work inside the ``shard_map`` of JAX 0.6.0.)
+    host. (Under a ``vmap`` with states of its own the condition becomes a selection, and every update pays. Inside
+    the ``shard_map`` of JAX 0.6.0 it needs ``check_rep=False``.)
 
     It wraps the RMSProp instead of following it, because a link of ``optax.chain`` does not see the state of
     another. Put it inside the chain, behind clipping: ``surprise`` compares the gradients that the wrapper is given
