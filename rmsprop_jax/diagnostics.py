@@ -819,6 +819,11 @@ def _to_state_dict(record: RecordedStatistics) -> dict[str, Any]:
 
 
 def _from_state_dict(record: RecordedStatistics, state: Mapping[str, Any]) -> RecordedStatistics:
+    if np.shape(state["vector"])[-1:] != (len(record.names),):
+        raise ValueError(
+            f"the restored statistics must be {len(record.names)} numbers like those of the state, got "
+            f"an array of shape {np.shape(state['vector'])}; restore into what init returns for the same parameters"
+        )
     return dataclasses.replace(record, **state)
 
 
@@ -930,6 +935,9 @@ def _record(
 ) -> RecordedStatistics:
     """Jitted at module level: outside ``jit``, a ``cond`` is compiled again every time it is reached."""
     place = {key: i for i, key in enumerate(_keys(leaves))}  # there may be more than init was given
+    missing = [name for name in before.names if name not in place]
+    if missing:
+        raise ValueError(f"params must have every leaf that init was given, but {missing[0]} cannot be computed now")
     wanted = np.array([place[name] for name in before.names])
     arrays = jax.tree.leaves((leaves, before.vector))
     vector, recorded = jax.lax.cond(

@@ -947,6 +947,18 @@ def test_record_is_itself_and_known_to_flax_wherever_it_comes_from(tmp_path: pat
     )
 
 
+def test_record_of_other_parameters_is_refused() -> None:
+    serialization = pytest.importorskip("flax.serialization")
+    tx = record_statistics(optax.masked(rmsprop(), {"a": True, "b": False}))
+    state = tx.init(SMALL)
+    more = record_statistics(rmsprop()).init(SMALL | {"c": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"restored statistics must be 44 numbers.*shape \(27,\)"):
+        serialization.from_bytes(more, serialization.to_bytes(state))
+    fewer = {"a": SMALL["a"], "b": None}
+    with pytest.raises(ValueError, match="every leaf that init was given, but b/grad_rms"):
+        tx.update(fewer, state, fewer)
+
+
 def test_recorded_history_of_a_scan_maps_keys_to_arrays() -> None:
     tx = record_statistics(rmsprop(0.03), 1)
 
