@@ -66,14 +66,17 @@ REPORT = """<testsuites><testsuite>
 <failure message="loss&#10;more"/></testcase>
 <testcase classname="tests.test_a" name="test_b"/><testcase classname="tests.test_a" name="test_c"><skipped/></testcase>
 <testcase classname="tests.test_a" name="test_d"><error message="no fixture"/></testcase>
+<testcase classname="tests.test_a" name="test_e">
+<failure message="INTERNAL: Failed to materialize symbols: { (x, { y }) }"/></testcase>
 </testsuite></testsuites>"""
 
 
 def test_failures_errors_and_skips_are_told_apart() -> None:
     assert portability.outcomes(REPORT) == {
         "03": Outcome(failures=("tests.test_notebooks::test_notebook_puts_out_the_numbers[03_leaving]: loss",)),
-        "tests": Outcome(1, 1, ("tests.test_a::test_d: no fixture",)),
+        "tests": Outcome(1, 1, ("tests.test_a::test_d: no fixture",), 1),
     }
+    assert str(Outcome(passed=3, not_compiled=1)) == "3 ok, 1 not compiled"
     assert str(Outcome(skipped=1)) == "skipped"
 
 
