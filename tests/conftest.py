@@ -30,15 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)  # for all processes that this one starts
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spreads the notebooks, the longest tests, over the run: each worker gets some, and none starts one last."""
-    slow = [item for item in items if item.name.startswith("test_notebook_puts_out")]
-    others = [item for item in items if item not in slow]
-    for i, item in enumerate(slow):
-        others.insert(i * len(items) // len(slow), item)
-    items[:] = others
-
-
 @pytest.fixture(autouse=True)
 def ranks_are_never_promoted() -> Iterator[None]:
     with jax.numpy_rank_promotion("raise"):
