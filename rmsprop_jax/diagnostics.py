@@ -345,9 +345,11 @@ class _Arrays(NamedTuple):
 
 
 class _Block(NamedTuple):
+    """Some parameters, and their arrays as rows."""
+
     names: list[str]
-    sizes: list[int]
-    smallest: float  # number above 0 in the state
+    sizes: list[int]  # in real numbers, a complex one being two
+    smallest: float  # what v counts as where it is 0
     arrays: _Arrays
 
 
