@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_count, check_eps, check_number, shown
-from rmsprop_jax.transform import RMSPropState, Settings, SettingsQuery
+from rmsprop_jax.state import RMSPropState, Settings, SettingsQuery
 
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
 _WITHOUT_STATE = ("grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite")
@@ -1039,7 +1039,7 @@ def settings(tx: optax.GradientTransformation, opt_state: optax.OptState, params
       params: the parameters.
 
     Returns:
-      :class:`rmsprop_jax.transform.Settings` by the path of the leaf, as in :func:`statistics`.
+      :class:`rmsprop_jax.state.Settings` by the path of the leaf, as in :func:`statistics`.
 
     Raises:
       ValueError: as :func:`denominator`.

@@ -47,9 +47,8 @@ from rmsprop_jax.arguments import (
     known,
     shown,
 )
-from rmsprop_jax.transform import (
+from rmsprop_jax.equations import (
     Equation,
-    RMSPropState,
     add_momentum,
     add_nesterov_momentum,
     average,
@@ -60,11 +59,12 @@ from rmsprop_jax.transform import (
     divide_eps_inside,
     divide_eps_outside,
     negate,
-    rmsprop,
     scale_by_lr,
-    transformation,
     unless_zero,
 )
+from rmsprop_jax.lift import transformation
+from rmsprop_jax.state import RMSPropState
+from rmsprop_jax.transform import rmsprop
 
 
 @explain_arguments

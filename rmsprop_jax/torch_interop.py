@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_eps, check_number, check_smoothing, shown
-from rmsprop_jax.transform import RMSPropState, rmsprop
+from rmsprop_jax.state import RMSPropState
+from rmsprop_jax.transform import rmsprop
 
 _SLOTS = ("square_avg", "grad_avg", "momentum_buffer")
 _SETTINGS = {"grad_avg": "centered", "momentum_buffer": "momentum > 0"}  # what a slot is there for

@@ -16,6 +16,14 @@ import pytest
 import reference
 from compare import Error, assert_alike, assert_close, largest_error
 from rmsprop_jax import RMSPropState, dialects, rmsprop, transform
+from rmsprop_jax.equations import (
+    add_momentum,
+    decay_weights,
+    decay_weights_decoupled,
+    divide_eps_inside,
+    divide_eps_outside,
+    scale_by_lr,
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 LIBRARIES = tuple(dialects.DIALECTS)
@@ -167,8 +175,8 @@ def test_reference_is_the_recorded_library(library: str, case: str) -> None:
 
 def flip_place_of_eps(equations: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     swap = {
-        transform.divide_eps_inside: transform.divide_eps_outside,
-        transform.divide_eps_outside: transform.divide_eps_inside,
+        divide_eps_inside: divide_eps_outside,
+        divide_eps_outside: divide_eps_inside,
     }
     return tuple(swap.get(equation, equation) for equation in equations)
 
@@ -181,19 +189,19 @@ def flip_starting_value(equations: tuple[Any, ...], options: dict[str, Any]) -> 
 def flip_order_of_lr(equations: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     order = list(equations)
     for i, equation in enumerate(order[:-1]):
-        if {equation, order[i + 1]} == {transform.scale_by_lr, transform.add_momentum}:
+        if {equation, order[i + 1]} == {scale_by_lr, add_momentum}:
             order[i : i + 2] = order[i + 1], equation
             break
     else:  # Optax: the sign stands between them
-        i = order.index(transform.scale_by_lr)
+        i = order.index(scale_by_lr)
         order[i : i + 3] = order[i + 2], order[i + 1], order[i]
     return tuple(order)
 
 
 def flip_kind_of_decay(equations: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-    rest = tuple(e for e in equations if e not in (transform.decay_weights, transform.decay_weights_decoupled))
-    was_first = transform.decay_weights in equations
-    return (*rest, transform.decay_weights_decoupled) if was_first else (transform.decay_weights, *rest)
+    rest = tuple(e for e in equations if e not in (decay_weights, decay_weights_decoupled))
+    was_first = decay_weights in equations
+    return (*rest, decay_weights_decoupled) if was_first else (decay_weights, *rest)
 
 
 FLIPS = [

@@ -24,15 +24,19 @@ class Room(NamedTuple):
 
 FRONT_DOOR = "__init__"
 ROOMS: dict[str, Room] = {
+    "equations": Room(1, set()),
+    "state": Room(1, set()),
     "arguments": Room(1, set()),
-    "transform": Room(2, {"arguments"}),
-    "dialects": Room(3, {"arguments", "transform"}),
-    "diagnostics": Room(3, {"arguments", "transform"}),
-    "recipes": Room(4, {"arguments", "transform", "dialects"}),
-    "torch_interop": Room(4, {"arguments", "transform"}),
-    "plotting": Room(4, {"diagnostics"}),
+    "trees": Room(2, {"state", "arguments"}),
+    "lift": Room(3, {"equations", "state", "arguments", "trees"}),
+    "transform": Room(4, {"equations", "arguments", "lift"}),
+    "dialects": Room(5, {"equations", "state", "arguments", "lift", "transform"}),
+    "diagnostics": Room(4, {"state", "arguments"}),
+    "recipes": Room(6, {"arguments", "transform", "dialects"}),
+    "torch_interop": Room(5, {"state", "arguments", "transform"}),
+    "plotting": Room(5, {"diagnostics"}),
     # Loads the last two when they are used: matplotlib is not a dependency.
-    FRONT_DOOR: Room(5, {"transform", "dialects", "diagnostics", "recipes", "plotting", "torch_interop"}),
+    FRONT_DOOR: Room(7, {"state", "transform", "dialects", "diagnostics", "recipes", "plotting", "torch_interop"}),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}

@@ -24,7 +24,8 @@ import pytest
 from jax.experimental import checkify
 
 from compare import assert_alike, assert_close, assert_same
-from rmsprop_jax import RMSPropState, diagnostics, dialects, rmsprop, scale_by_rmsprop, transform
+from rmsprop_jax import RMSPropState, diagnostics, dialects, lift, rmsprop, scale_by_rmsprop
+from rmsprop_jax.equations import average
 
 Transformation = optax.GradientTransformationExtraArgs
 
@@ -292,18 +293,18 @@ def count_traces(equation: Callable[..., Any]) -> tuple[Callable[..., Any], list
 
 
 def test_arrays_of_one_shape_are_traced_once() -> None:
-    equation, traces = count_traces(transform.average)
-    tx = transform.transformation((equation,), {"alpha": 0.9, "gain": 0.1})
+    equation, traces = count_traces(average)
+    tx = lift.transformation((equation,), {"alpha": 0.9})
     params = [jnp.ones(3) for _ in range(20)] + [jnp.ones((2, 2)) for _ in range(20)]
     jax.jit(tx.update)(params, tx.init(params))
     assert traces == [2]
 
 
 def test_rebuilding_the_transformation_compiles_nothing_new() -> None:
-    equation, traces = count_traces(transform.average)
+    equation, traces = count_traces(average)
     params = jnp.ones(3)
     for alpha in (0.5, 0.9, 0.99):
-        tx = transform.transformation((equation,), {"alpha": alpha, "gain": 1 - alpha})
+        tx = lift.transformation((equation,), {"alpha": alpha})
         tx.update(params, tx.init(params))
     assert traces == [1]
 
@@ -311,10 +312,10 @@ def test_rebuilding_the_transformation_compiles_nothing_new() -> None:
 def test_eager_updates_with_other_numbers_share_one_program() -> None:
     params = jnp.ones(31)
     rmsprop(0.1, 0.9, 1e-8, 0.1, 0.9).update(params, rmsprop(momentum=0.9).init(params), params)
-    before = transform._update_tree._cache_size()
+    before = lift._update_tree._cache_size()
     for lr in (0.2, 1, np.float64(0.3), np.float32(0.4), lambda step: 0.5):
         rmsprop(lr, 0.8, 1e-7, 0.2, 0.8).update(params, rmsprop(momentum=0.9).init(params), params)
-    assert transform._update_tree._cache_size() == before
+    assert lift._update_tree._cache_size() == before
 
 
 # --- Structure and types -----------------------------------------------------------------------------------
@@ -449,14 +450,14 @@ def test_inject_hyperparams_takes_every_number_and_never_recompiles() -> None:
     equal = rmsprop(*(jnp.float32(x) for x in (0.1, 0.9, 1e-8, 0.1, 0.9)), True)
     updates, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     assert_same(updates, equal.update(PARAMS, equal.init(PARAMS), PARAMS)[0])
-    before = transform._update_tree._cache_size(), transform._update_array._cache_size()
+    before = lift._update_tree._cache_size(), lift._update_leaf._cache_size()
     update = jax.jit(chex.assert_max_traces(tx.update, 1))
     for i, name in enumerate(state.hyperparams):
         state.hyperparams[name] = state.hyperparams[name] * 0.5
         updates, state = tx.update(PARAMS, state, PARAMS)
         updates, state = update(GRADIENTS[0], state, PARAMS)
         assert state.inner_state.step == 1 + 2 * (i + 1)
-    assert (transform._update_tree._cache_size(), transform._update_array._cache_size()) == before
+    assert (lift._update_tree._cache_size(), lift._update_leaf._cache_size()) == before
     assert update._cache_size() == 1
     chex.clear_trace_counter()
 
@@ -721,7 +722,7 @@ def test_whole_equinox_model_trains_inside_filter_jit(filtered: bool) -> None:
 
 
 def in_fresh_process(program: str, **environment: str) -> None:
-    path = os.pathsep.join((str(pathlib.Path(transform.__file__).parents[1]), str(pathlib.Path(__file__).parent)))
+    path = os.pathsep.join((str(pathlib.Path(lift.__file__).parents[1]), str(pathlib.Path(__file__).parent)))
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | environment
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

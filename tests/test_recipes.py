@@ -15,6 +15,7 @@ import pytest
 
 import reference
 from rmsprop_jax import RMSPropState, dialects, recipes, transform
+from rmsprop_jax.equations import add_momentum, average_steps, centered_average, divide_eps_inside, scale_by_lr
 
 EVERYTHING_DECAYS = {"weight_decay_mask": None}
 
@@ -153,12 +154,12 @@ def test_numbers_are_the_published_ones(built: list[tuple[Any, Any, Any]], name:
         np.testing.assert_allclose(lr(jnp.int32(step)) if callable(lr) else lr, rate, rtol=2e-4, atol=1e-12)
     for number in ("alpha", "eps", "momentum", "weight_decay"):
         np.testing.assert_allclose(numbers.get(number, 0.0), expected.get(number, 0.0), rtol=1e-7)
-    assert (transform.divide_eps_inside in equations) == eps_in_sqrt
-    assert (transform.centered_average in equations) == (name in CENTERED)
+    assert (divide_eps_inside in equations) == eps_in_sqrt
+    assert (centered_average in equations) == (name in CENTERED)
     assert options.get("initial_scale", 0.0) == initial_scale
     if numbers.get("momentum"):
-        buffer = next(i for i, e in enumerate(equations) if e in (transform.add_momentum, transform.average_steps))
-        assert (equations.index(transform.scale_by_lr) < buffer) == lr_in_buffer
+        buffer = next(i for i, e in enumerate(equations) if e in (add_momentum, average_steps))
+        assert (equations.index(scale_by_lr) < buffer) == lr_in_buffer
 
 
 CLIPPED = {

@@ -17,7 +17,9 @@ from hypothesis.extra import numpy as hnp
 
 import reference
 from compare import assert_close, assert_same
-from rmsprop_jax import RMSPropState, dialects, rmsprop, scale_by_rmsprop, transform
+from rmsprop_jax import RMSPropState, dialects, lift, rmsprop, scale_by_rmsprop
+from rmsprop_jax.equations import average, average_steps, divide_eps_outside
+from rmsprop_jax.state import SettingsQuery
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -414,9 +416,9 @@ def test_bias_correction_is_as_accurate_as_float32(alpha: float) -> None:
 
 
 def test_average_of_steps_needs_no_bias_correction() -> None:
-    equations = (transform.average, transform.divide_eps_outside, transform.average_steps)
+    equations = (average, divide_eps_outside, average_steps)
     for momentum in (0.75, jnp.float32(0.75)):
-        tx = transform.transformation(equations, {"alpha": 0.0, "eps": 0.0, "momentum": momentum})
+        tx = lift.transformation(equations, {"alpha": 0.0, "eps": 0.0, "momentum": momentum})
         _, state = tx.update(jnp.array([2.0, -3.0]), tx.init(jnp.zeros(2)))
         np.testing.assert_array_equal(state.momentum_buffer, [0.25, -0.25])
 
@@ -1111,7 +1113,7 @@ SCHEDULE = optax.linear_schedule(0.1, 0.0, 10)
     ],
 )
 def test_transformation_tells_what_it_was_built_with(tx: Any, settings: Any) -> None:
-    query = transform.SettingsQuery()
+    query = SettingsQuery()
     state = tx.init(TREE)
     tx.update(TREE, state, TREE, rmsprop_settings=query)
     answers = [answer for _, answer in query.answers]  # Optax may call an inner transformation twice
@@ -1124,7 +1126,7 @@ def test_injected_numbers_and_parts_tell_what_they_have_now() -> None:
     tx = optax.partition({"a": injected, "b": dialects.keras(0.3)}, {"a": "a", "b": "b"})
     state = tx.init(TREE)
     state.inner_states["a"].inner_state.hyperparams["lr"] = jnp.float32(0.7)
-    query = transform.SettingsQuery()
+    query = SettingsQuery()
     updates, _ = tx.update(TREE, state, TREE, rmsprop_settings=query)
     found = {
         jax.tree_util.keystr(path): (float(answer.lr), answer.eps_in_sqrt)
