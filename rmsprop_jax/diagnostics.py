@@ -1076,7 +1076,7 @@ def _settings(
                 "state belongs to, all of the chain or none of it"
             ) from error
     found: dict[_Name, Settings] = {}
-    for state, settings in query.answers:
+    for state, settings, *_ in query.answers:
         if not isinstance(state, RMSPropState):
             raise ValueError(
                 f"tx does not fit opt_state: an RMSProp in it would get a {type(state).__name__}; give the "

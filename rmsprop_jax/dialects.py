@@ -1,9 +1,4 @@
-"""The other frameworks' RMSProps: each one an ordering of the equations in ``transform``.
-
-Every function has the argument names, the order and the defaults of its source. Every number but ``initial_scale`` may
-be a schedule (read at 0 for the first update). It returns an ``optax.GradientTransformationExtraArgs`` whose state is
-an :class:`rmsprop_jax.RMSPropState`. What :func:`rmsprop_jax.rmsprop` promises about precision,
-missing, zero and complex gradients, and about errors, holds for all of them. Three things tell them apart:
+"""The other frameworks' RMSProps. Each is a tuple of the same equations.
 
 ============================  ===========  ===============  ==========================================
 function                      v starts at  denominator      order
@@ -18,22 +13,24 @@ function                      v starts at  denominator      order
 :func:`optax`                 0 (choice)   √(v + eps)       scale, −lr, buffer
 ============================  ===========  ===============  ==========================================
 
-(v is the average of g², or centered v − m².) How far apart two of them are can be known beforehand, see
-:func:`translate`: eps_out = √eps_in keeps the two denominators within a factor [1, √2] for every v; an average
-that starts at 1 differs from one that starts at 0 by exactly alphaᵗ; and at a constant learning rate a buffer
-with the learning rate inside is lr times the other, so that the order matters only when lr changes.
+v is the average of g², or, if ``centered``, the variance v − m². ``translation`` says how far apart two of them are.
+
+Every function has the argument names, the order and the defaults of its source. Its docstring describes only what
+differs from :func:`rmsprop_jax.rmsprop`. The following holds for all of them:
+
+- The learning rate, the smoothing constants, eps, the momentum and the weight decay are each a number, a scalar array
+  or a schedule, which is read at 0 for the first update.
+- The result is an ``optax.GradientTransformationExtraArgs`` whose state is an :class:`rmsprop_jax.RMSPropState`. Where
+  a source keeps v although it is centered, its slot is ``square_avg + grad_avg²``.
+- Precision, zero, missing, complex and non-finite gradients are handled as there, and the same errors are raised.
 """
 
-import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import chex
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from rmsprop_jax.arguments import (
@@ -41,11 +38,8 @@ from rmsprop_jax.arguments import (
     check_flag,
     check_number,
     check_number_or_schedule,
-    check_numbers,
     check_smoothing,
     explain_arguments,
-    known,
-    shown,
 )
 from rmsprop_jax.equations import (
     Equation,
@@ -63,8 +57,6 @@ from rmsprop_jax.equations import (
     unless_zero,
 )
 from rmsprop_jax.lift import transformation
-from rmsprop_jax.state import RMSPropState
-from rmsprop_jax.transform import rmsprop
 
 
 @explain_arguments
@@ -79,7 +71,7 @@ def tensorflow(
 ) -> GradientTransformationExtraArgs:
     """``tf.compat.v1.train.RMSPropOptimizer``: starts at 1, epsilon under the root, learning rate in the buffer.
 
-    The rule, where v is the average of g², or centered its variance::
+    The rule, where v is the average of g², or its variance if centered::
 
         v      ← decay · v + (1 − decay) · g²
         buffer ← momentum · buffer + learning_rate · g / √(v + epsilon)
@@ -91,18 +83,10 @@ def tensorflow(
     ``use_locking`` and ``name`` mean nothing here.
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
-      decay: smoothing constant, 0 ≤ decay < 1.
-      momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
+      learning_rate: ``lr`` of ``rmsprop``.
+      decay: ``alpha`` of ``rmsprop``.
+      momentum, centered, accumulator_dtype: as in ``rmsprop``.
       epsilon: added to v, ≥ 0, in the unit of g².
-      centered: divide by the standard deviation of the gradient instead of its root mean square.
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -146,7 +130,7 @@ def keras(
 ) -> GradientTransformationExtraArgs:
     """``keras.optimizers.RMSprop``: epsilon under the root, learning rate in the buffer, decoupled weight decay.
 
-    The rule, where v is the average of g², or centered its variance::
+    The rule, where v is the average of g², or its variance if centered::
 
         v      ← rho · v + (1 − rho) · g²
         buffer ← momentum · buffer + learning_rate · g / √(v + epsilon)
@@ -157,21 +141,12 @@ def keras(
     gradients are Optax's (``optax.clip``, ``optax.ema``, ``optax.MultiSteps``).
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
-      rho: smoothing constant, 0 ≤ rho < 1.
-      momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
+      learning_rate: ``lr`` of ``rmsprop``.
+      rho: ``alpha`` of ``rmsprop``.
+      momentum, centered, accumulator_dtype: as in ``rmsprop``.
       epsilon: added to v, ≥ 0, in the unit of g².
-      centered: divide by the standard deviation of the gradient instead of its root mean square.
-      weight_decay: decoupled weight decay per step and unit of learning rate, ≥ 0; ``None`` or 0 for none.
-      weight_decay_mask: which parameters decay; see :func:`rmsprop_jax.rmsprop`. (Keras:
-        ``exclude_from_weight_decay``.)
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
+      weight_decay: decoupled weight decay per step and unit of learning rate, ≥ 0. ``None`` or 0 means none.
+      weight_decay_mask: as in ``rmsprop``. (Keras: ``exclude_from_weight_decay``.)
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,7 +194,7 @@ def timm(
 ) -> GradientTransformationExtraArgs:
     """``timm.optim.RMSpropTF``: TensorFlow's RMSProp under torch's argument names, with weight decay.
 
-    The rule, where v starts at 1 and is the average of g², or centered its variance::
+    The rule, where v starts at 1 and is the average of g², or its variance if centered::
 
         g      ← g + weight_decay · p                       unless decoupled_decay
         v      ← alpha · v + (1 − alpha) · g²
@@ -230,22 +205,11 @@ def timm(
     ``grad_avg²`` if centered). timm's ``caution`` and ``corrected_weight_decay`` are not there.
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
-      alpha: smoothing constant, 0 ≤ alpha < 1.
+      lr, alpha, momentum, centered, weight_decay_mask, accumulator_dtype: as in ``rmsprop``.
       eps: added to v, ≥ 0, in the unit of g².
       weight_decay: ≥ 0, an L2 penalty or, if ``decoupled_decay``, decay per step and unit of learning rate.
-      momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
-      centered: divide by the standard deviation of the gradient instead of its root mean square.
       decoupled_decay: whether weight decay stays out of the averages.
-      lr_in_momentum: whether the learning rate of the moment goes into the buffer.
-      weight_decay_mask: which parameters decay; see :func:`rmsprop_jax.rmsprop`.
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
+      lr_in_momentum: whether the current learning rate goes into the buffer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -276,11 +240,7 @@ def timm(
         *(unless_zero(numbers["weight_decay"], decay_weights_decoupled) if decoupled else ()),
     )
     return transformation(
-        equations,
-        numbers,
-        initial_scale=1.0,
-        weight_decay_mask=weight_decay_mask,
-        accumulator_dtype=accumulator_dtype,
+        equations, numbers, initial_scale=1.0, weight_decay_mask=weight_decay_mask, accumulator_dtype=accumulator_dtype
     )
 
 
@@ -298,7 +258,7 @@ def stable_baselines3(
 ) -> GradientTransformationExtraArgs:
     """Stable-Baselines3's ``RMSpropTFLike``: torch's RMSprop that starts at 1, with eps under the root.
 
-    The rule, where v is the average of g², or centered its variance::
+    The rule, where v is the average of g², or its variance if centered::
 
         g      ← g + weight_decay · p
         v      ← alpha · v + (1 − alpha) · g²
@@ -309,20 +269,8 @@ def stable_baselines3(
     ``grad_avg²`` if centered).
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
-      alpha: smoothing constant, 0 ≤ alpha < 1.
+      lr, alpha, weight_decay, momentum, centered, weight_decay_mask, accumulator_dtype: as in ``rmsprop``.
       eps: added to v, ≥ 0, in the unit of g².
-      weight_decay: L2 penalty, ≥ 0.
-      momentum: decay of the buffer, ≥ 0; the number 0 means that there is none.
-      centered: divide by the standard deviation of the gradient instead of its root mean square.
-      weight_decay_mask: which parameters decay; see :func:`rmsprop_jax.rmsprop`.
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -351,11 +299,7 @@ def stable_baselines3(
         negate,
     )
     return transformation(
-        equations,
-        numbers,
-        initial_scale=1.0,
-        weight_decay_mask=weight_decay_mask,
-        accumulator_dtype=accumulator_dtype,
+        equations, numbers, initial_scale=1.0, weight_decay_mask=weight_decay_mask, accumulator_dtype=accumulator_dtype
     )
 
 
@@ -380,16 +324,10 @@ def dqn(
     v − m², and ``grad_avg`` m.
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
+      learning_rate: ``lr`` of ``rmsprop``.
       squared_gradient_momentum: smoothing constant of both averages, 0 ≤ a < 1.
       min_squared_gradient: added to the variance, ≥ 0, in the unit of g².
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
+      accumulator_dtype: as in ``rmsprop``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -434,17 +372,9 @@ def dreamer(
     What DreamerV3 puts around it, adaptive gradient clipping before and a warm-up, is in ``recipes.dreamer_v3``.
 
     Args:
-      lr: learning rate, a number ≥ 0, a scalar array or a schedule, as every number here.
-      beta2: smoothing constant of the squared gradient, 0 ≤ beta2 < 1.
-      eps: added to the root, ≥ 0, in the unit of the gradient.
+      lr, eps, accumulator_dtype: as in ``rmsprop``.
+      beta2: ``alpha`` of ``rmsprop``, the smoothing constant of the squared gradient.
       beta1: smoothing constant of the steps, 0 ≤ beta1 < 1.
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -473,7 +403,7 @@ def optax(
     learning_rate: ScalarOrSchedule,
     decay: ScalarOrSchedule = 0.9,
     eps: ScalarOrSchedule = 1e-8,
-    initial_scale: ArrayLike = 0.0,
+    initial_scale: chex.Numeric = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
     momentum: ScalarOrSchedule | None = None,
@@ -484,7 +414,7 @@ def optax(
 ) -> GradientTransformationExtraArgs:
     """``optax.rmsprop``: epsilon under the root, the negative learning rate in the buffer, Nesterov if wanted.
 
-    The rule, where v is the average of g², or centered its variance::
+    The rule, where v is the average of g², or its variance if centered::
 
         v      ← decay · v + (1 − decay) · g²
         step   ← −learning_rate · g / √(v + eps)         / (√v + eps) unless eps_in_sqrt
@@ -495,22 +425,15 @@ def optax(
     centered; the corrected averages with ``bias_correction``).
 
     Args:
-      learning_rate: a number ≥ 0, a scalar array or a schedule, as every number here.
-      decay: smoothing constant, 0 ≤ decay < 1.
+      learning_rate: ``lr`` of ``rmsprop``.
+      decay: ``alpha`` of ``rmsprop``.
       eps: ≥ 0, added under the root in the unit of g², or to the root in the unit of g.
       initial_scale: what v starts from, ≥ 0.
       eps_in_sqrt: whether ``eps`` goes under the root.
-      centered: divide by the standard deviation of the gradient instead of its root mean square.
-      momentum: decay of the buffer, ≥ 0; ``None`` or the number 0 means that there is none.
-      nesterov: look one step ahead with the buffer.
+      centered, accumulator_dtype: as in ``rmsprop``.
+      momentum: as in ``rmsprop``. ``None`` means 0.
+      nesterov: whether the update looks one step ahead with the buffer.
       bias_correction: divide the averages by 1 − decayᵗ. Not together with an ``initial_scale`` (Optax inflates it).
-      accumulator_dtype: see :func:`rmsprop_jax.scale_by_rmsprop`.
-
-    Returns:
-      A gradient transformation whose state is an :class:`rmsprop_jax.RMSPropState`.
-
-    Raises:
-      ValueError, TypeError: as :func:`rmsprop_jax.rmsprop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -553,340 +476,3 @@ def _in_float32(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
 
 def _average(centered: Any) -> Equation:
     return centered_average if check_flag("centered", centered) else average
-
-
-# --- From one dialect to another -------------------------------------------------------------------------
-
-
-class Dialect(NamedTuple):
-    """One row of the table of dialects.
-
-    Attributes:
-      build: the function that makes the transformation.
-      framework: the class whose RMSProp it is.
-      names: what this dialect calls each of the things that a dialect may let its user choose.
-      fixed: the things that it does not let them choose.
-    """
-
-    build: Callable[..., GradientTransformationExtraArgs]
-    framework: str
-    names: Mapping[str, str]
-    fixed: Mapping[str, Any]
-
-
-_NAMES = {name: name for name in ("lr", "alpha", "eps", "momentum", "centered")}
-_TORCH_NAMES = _NAMES | {"weight_decay": "weight_decay"}
-_TORCH_FIXED = {"decoupled_decay": False, "buffer_sign": 1}
-
-# The names are the arguments of the dialects; torch is ``rmsprop_jax.rmsprop`` itself.
-DIALECTS: Mapping[str, Dialect] = {
-    "torch": Dialect(
-        rmsprop,
-        "torch.optim.RMSprop",
-        _TORCH_NAMES,
-        {"eps_in_sqrt": False, "initial_scale": 0.0, "lr_in_buffer": False, **_TORCH_FIXED},
-    ),
-    "tensorflow": Dialect(
-        tensorflow,
-        "tf.compat.v1.train.RMSPropOptimizer",
-        _NAMES | {"lr": "learning_rate", "alpha": "decay", "eps": "epsilon"},
-        {"eps_in_sqrt": True, "initial_scale": 1.0, "lr_in_buffer": True, "weight_decay": 0.0, **_TORCH_FIXED},
-    ),
-    "keras": Dialect(
-        keras,
-        "keras.optimizers.RMSprop",
-        _TORCH_NAMES | {"lr": "learning_rate", "alpha": "rho", "eps": "epsilon"},
-        {"eps_in_sqrt": True, "initial_scale": 0.0, "lr_in_buffer": True, "decoupled_decay": True, "buffer_sign": 1},
-    ),
-    "timm": Dialect(
-        timm,
-        "timm.optim.RMSpropTF",
-        {**_TORCH_NAMES, "decoupled_decay": "decoupled_decay", "lr_in_buffer": "lr_in_momentum"},
-        {"eps_in_sqrt": True, "initial_scale": 1.0, "buffer_sign": 1},
-    ),
-    "stable_baselines3": Dialect(
-        stable_baselines3,
-        "stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike",
-        _TORCH_NAMES,
-        {"eps_in_sqrt": True, "initial_scale": 1.0, "lr_in_buffer": False, **_TORCH_FIXED},
-    ),
-    "optax": Dialect(
-        optax,
-        "optax.rmsprop",
-        _NAMES
-        | {"lr": "learning_rate", "alpha": "decay", "eps_in_sqrt": "eps_in_sqrt", "initial_scale": "initial_scale"},
-        {"lr_in_buffer": True, "weight_decay": 0.0, "decoupled_decay": False, "buffer_sign": -1},
-    ),
-}
-
-
-class Translation(NamedTuple):
-    """A setting of one dialect in the words of another, and what does not carry over.
-
-    Attributes:
-      target: the dialect it was translated into, a key of :data:`DIALECTS`.
-      arguments: all of the target's arguments that say something, none left to a default.
-      notes: a sentence for each thing that is not exactly equal; empty if the two are the same optimizer.
-      before, after: both settings in neutral terms, by name: ``lr``, ``alpha``, ``eps``, ``momentum``, ``centered``,
-        ``weight_decay``, ``decoupled_decay``, ``eps_in_sqrt``, ``initial_scale``, ``lr_in_buffer``, ``buffer_sign``.
-        Numbers are floats here; arrays and schedules are what they were.
-    """
-
-    target: str
-    arguments: dict[str, Any]
-    notes: tuple[str, ...]
-    before: dict[str, Any]
-    after: dict[str, Any]
-
-    def build(self) -> GradientTransformationExtraArgs:
-        """The target's transformation."""
-        return DIALECTS[self.target].build(**self.arguments)
-
-    def step_ratio(self, gradient: ArrayLike, step: ArrayLike) -> np.ndarray:
-        """How many times as large as the source's the target's steps will be.
-
-        For gradients of root mean square ``gradient`` and mean 0, at update number ``step`` (from 1), both float and
-        broadcast against each other. Momentum and the learning rate, the same in both, are left out::
-
-            v     = alphaᵗ · initial_scale + (1 − alphaᵗ) · gradient²
-            ratio = denominator(v) of the source / denominator(v) of the target
-
-        A schedule of eps is read at ``step`` − 1, as the update reads it.
-
-        Raises:
-          ValueError: if ``gradient`` is negative, ``step`` below 1, or alpha a schedule.
-          TypeError: if one of them is no real number, or a number of the setting is a tracer.
-        """
-        sizes, steps = check_numbers("gradient", gradient, at_least=0.0), check_numbers("step", step, at_least=1.0)
-
-        def denominator(setting: dict[str, Any]) -> np.ndarray:
-            eps = _eps_at(setting["eps"], steps)
-            alpha, start = (_known(name, setting[name]) for name in ("alpha", "initial_scale"))
-            remembered = alpha**steps
-            v = remembered * start + (1 - remembered) * sizes**2
-            return np.asarray(np.sqrt(v + eps) if setting["eps_in_sqrt"] else np.sqrt(v) + eps)
-
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            before, after = denominator(self.before), denominator(self.after)
-            return np.where(before == after, 1.0, before / after)  # 0 / 0 and ∞ / ∞ too
-
-    def convert_state(self, state: RMSPropState) -> RMSPropState:
-        """The target's state for a run that has come to ``state`` in the source's dialect.
-
-        The averages mean the same in both. A momentum buffer changes its unit where only one of the two has the
-        learning rate in it: that is exact as long as the learning rate has been constant.
-
-        Raises:
-          ValueError: if the buffer changes its unit and the learning rate is a schedule, 0 or infinite; or if ``state``
-            belongs to another setting.
-          TypeError: if ``state`` is no :class:`rmsprop_jax.RMSPropState`, or its buffer is not floating or complex.
-        """
-        _check_state(state, self.before)
-        factor: Any = self.after["buffer_sign"] * self.before["buffer_sign"] * 1.0
-        if state.momentum_buffer is not None and self.before["lr_in_buffer"] != self.after["lr_in_buffer"]:
-            lr = _unit_of_buffer(self.before["lr"])
-            factor = factor / lr if self.before["lr_in_buffer"] else factor * lr
-
-        def convert(path: Any, buffer: Any) -> jax.Array:
-            if not jnp.issubdtype(getattr(buffer, "dtype", bool), jnp.inexact):
-                what = f"state.momentum_buffer{jax.tree_util.keystr(path)}"
-                raise TypeError(f"{what} must be a floating or complex array, got {shown(buffer)}")
-            return _scaled(jnp.asarray(buffer), factor)
-
-        return state._replace(momentum_buffer=jax.tree_util.tree_map_with_path(convert, state.momentum_buffer))
-
-
-def translate(source: str, target: str, **arguments: Any) -> Translation:
-    """The nearest setting of dialect ``target`` to ``arguments`` in dialect ``source``, and how near it is.
-
-    Where eps changes its place, ``eps_out = √eps_in`` (and ``eps_in = eps_out²``) keeps the two denominators within
-    a factor [1, √2] of each other for every v. Where the averages start from different values, they differ by
-    exactly alphaᵗ times the difference. Where only one has the learning rate in its momentum buffer, the two are
-    the same at a constant learning rate.
-
-    A schedule is translated into a schedule, an array into an array, and inside ``jit`` a tracer into a tracer.
-
-    Args:
-      source: the dialect that the setting is in, a key of :data:`DIALECTS`.
-      target: the dialect to say it in.
-      **arguments: arguments of the source in its own names; those left out have the source's defaults.
-
-    Returns:
-      A :class:`Translation`.
-
-    Raises:
-      ValueError: if a dialect is unknown, a number is not one that the source takes, the target has no such weight
-        decay, or float32 cannot hold the square of eps where that goes under the root.
-      TypeError: if the source has no such argument or needs one that is missing.
-
-    Example:
-      >>> from rmsprop_jax import dialects
-      >>> port = dialects.translate("tensorflow", "torch", learning_rate=0.016, momentum=0.9, epsilon=1e-3)
-      >>> print(port.arguments)  # doctest: +ELLIPSIS
-      {'lr': 0.016, 'alpha': 0.9, 'eps': 0.0316..., 'momentum': 0.9, 'centered': False, 'weight_decay': 0.0}
-      >>> for note in port.notes:
-      ...     print("-", note)
-      - eps is outside the root: the denominators are within a factor 1 to √2 of each other
-      - the average starts from 0.0 and not from 1.0: they differ by alphaᵗ, 1 % after 44 steps; compare that with v
-      - the learning rate is not in the momentum buffer: the same as long as it is constant
-      >>> print(port.step_ratio(gradient=1e-3, step=[1, 400]).round(1))  # too large at first
-      [29.7  1. ]
-    """
-    for name, value in (("source", source), ("target", target)):
-        if not isinstance(value, str) or value not in DIALECTS:
-            raise ValueError(f"{name} must be one of {', '.join(DIALECTS)}, got {shown(value)}")
-    before = _neutral(DIALECTS[source], arguments)
-    words = DIALECTS[target]
-    after = before | dict(words.fixed)
-    if after["eps_in_sqrt"] != before["eps_in_sqrt"]:
-        after["eps"] = _moved_eps(DIALECTS[source].names["eps"], before["eps"], after["eps_in_sqrt"])
-    has_decay = "weight_decay" in words.names and after["decoupled_decay"] == before["decoupled_decay"]
-    if not has_decay and known(before["weight_decay"]) != 0:
-        kind = "decoupled weight decay" if before["decoupled_decay"] else "L2 weight decay"
-        raise ValueError(
-            f"weight_decay must be 0, since target {target} has no {kind}, got {shown(before['weight_decay'])}"
-        )
-    port = Translation(target, {words.names[n]: after[n] for n in words.names}, _notes(before, after), before, after)
-    port.build()  # the target may take fewer numbers than the source
-    return port
-
-
-def _neutral(dialect: Dialect, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """All of a setting in neutral terms, with the numbers as the gate makes them."""
-    dialect.build(**arguments)  # knows its arguments, and what float32 makes of them
-    for name in arguments:
-        if name not in dialect.names.values():
-            raise TypeError(
-                f"translate does not know {name}={shown(arguments[name])} of {dialect.framework}; leave it out, and "
-                "give it to the target yourself if that has it"
-            )
-    bound = inspect.signature(dialect.build).bind(**arguments)
-    bound.apply_defaults()
-    given = {name: bound.arguments[own] for name, own in dialect.names.items()} | dict(dialect.fixed)
-    given |= {name: 0.0 for name in ("momentum", "weight_decay") if given[name] is None}
-    checked = {
-        name: _CHECKS.get(name, check_number_or_schedule)(own, given[name]) for name, own in dialect.names.items()
-    }
-    return given | checked
-
-
-_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("centered", "decoupled_decay", "eps_in_sqrt", "lr_in_buffer"), check_flag),
-    "alpha": check_smoothing,
-    "eps": check_eps,
-    "initial_scale": check_number,
-}
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
-
-def _moved_eps(name: str, eps: Any, into_root: bool) -> Any:
-    """eps² for an eps that goes under the root, √eps for one that comes out; of a schedule the schedule of that."""
-    if callable(eps):
-        return functools.partial(_read_moved_eps, name, eps, into_root)
-    number = known(eps)
-    if into_root and number not in (None, 0.0, math.inf) and not _SMALLEST <= number * number <= _LARGEST:
-        raise ValueError(
-            f"{name} must be 0 or from 1.1e-19 to 1.8e19 where its square goes under the root, got {number:g}; float32 "
-            "takes the square of a smaller number for 0 and that of a larger one for infinite"
-        )
-    if isinstance(eps, jax.Array):
-        wide = jnp.asarray(eps, jnp.float64 if eps.dtype == jnp.float64 else jnp.float32)
-        return wide * wide if into_root else jnp.sqrt(wide)
-    return float(eps) ** (2 if into_root else 0.5)
-
-
-def _read_moved_eps(name: str, schedule: Callable[[Any], Any], into_root: bool, step: Any) -> Any:
-    return _moved_eps(name, check_eps(f"the schedule of {name}", schedule(step)), into_root)
-
-
-def _notes(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
-    """A sentence for each difference between two settings."""
-    notes = []
-    if after["eps_in_sqrt"] != before["eps_in_sqrt"]:
-        place = "under" if after["eps_in_sqrt"] else "outside"
-        notes.append(f"eps is {place} the root: the denominators are within a factor 1 to √2 of each other")
-        if after["eps_in_sqrt"] and known(before["eps"]) is None:
-            notes.append("eps is not known yet: below 1.1e-19 its square, which is under the root, is 0 in float32")
-    start, old_start = (known(setting["initial_scale"]) for setting in (after, before))
-    if after["initial_scale"] is not before["initial_scale"] and start != old_start:
-        notes.append(_note_on_start(start, old_start, before["alpha"]))
-    if not _is_zero(before["momentum"]) and after["lr_in_buffer"] != before["lr_in_buffer"]:
-        not_ = "" if after["lr_in_buffer"] else "not "
-        notes.append(f"the learning rate is {not_}in the momentum buffer: the same as long as it is constant")
-    return tuple(notes)
-
-
-def _note_on_start(start: float | None, old_start: float | None, alpha: Any) -> str:
-    remembered, duration = "the product of all alphas so far" if callable(alpha) else "alphaᵗ", ""
-    number = known(alpha)
-    if number is not None:
-        steps = 1 if number == 0 else math.ceil(math.log(0.01) / math.log(number))
-        duration = f", 1 % after {steps} steps"
-    if start is None or old_start is None:
-        return f"the average starts from another value: they differ by {remembered} times the difference{duration}"
-    gap = abs(start - old_start)
-    return (
-        f"the average starts from {start} and not from {old_start}: they differ by "
-        f"{'' if gap == 1 else f'{gap:g} · '}{remembered}{duration}; compare that with v"
-    )
-
-
-def _is_zero(number: Any) -> bool:
-    """Whether it is the number 0, for which nothing is built; an array may change."""
-    return isinstance(number, float) and number == 0
-
-
-def _known(name: str, number: Any) -> float:
-    value = known(number)
-    if callable(number):
-        raise ValueError(f"{name} must be constant for step_ratio, got a schedule: the average remembers all of it")
-    if value is None:
-        raise TypeError(f"{name} must be known for step_ratio, got a tracer; call it outside jit")
-    return value
-
-
-def _eps_at(eps: Any, steps: np.ndarray) -> Any:
-    """What eps is at each of ``steps``, which count from 1."""
-    if not callable(eps):
-        return _known("eps", eps)
-    different, places = np.unique(steps, return_inverse=True)
-    read = [eps(jnp.int32(min(step, 2**31 - 1) - 1)) for step in different]
-    values = [_known("eps", check_eps("the schedule of eps", number)) for number in read]
-    return np.asarray(values)[places].reshape(steps.shape)
-
-
-def _check_state(state: Any, setting: dict[str, Any]) -> None:
-    """Raises unless ``state`` can be that of a run with ``setting``."""
-    if not isinstance(state, RMSPropState):
-        raise TypeError(
-            f"state must be an RMSPropState, got {type(state).__name__}; take it out of the state of a chain"
-        )
-    expected = {"grad_avg": ("centered", setting["centered"]), "momentum_buffer": ("momentum", setting["momentum"])}
-    for name, (argument, value) in expected.items():
-        is_kept = value is not False and not _is_zero(value)
-        if state.square_avg is not None and (getattr(state, name) is not None) != is_kept:
-            raise ValueError(
-                f"state.{name} is {'None' if is_kept else 'not None'}, but {argument} is {shown(value)} in the setting "
-                "that was translated; translate the one that the state belongs to"
-            )
-
-
-def _unit_of_buffer(lr: Any) -> Any:
-    """The learning rate that is in a buffer, or is to go there, if it is the same in all of the buffer."""
-    number = known(lr)
-    if callable(lr) or (number is not None and not _SMALLEST <= number <= 1 / _SMALLEST):
-        got = "a schedule" if callable(lr) else f"{number:g}"
-        raise ValueError(
-            f"lr must be constant and not 0 (in float32) or infinite for a buffer to change its unit, got {got}"
-        )
-    return lr if number is None else number
-
-
-def _scaled(buffer: jax.Array, factor: Any) -> jax.Array:
-    """``factor · buffer`` in the dtype of ``buffer``, computed in float32 at least."""
-    limits = jnp.finfo(buffer.dtype)
-    factor = jnp.asarray(factor, limits.dtype if limits.bits >= 32 else jnp.float32)
-    if jnp.iscomplexobj(buffer):
-        return jax.lax.complex(factor * buffer.real, factor * buffer.imag)
-    scaled: jax.Array = (factor * buffer.astype(factor.dtype)).astype(buffer.dtype)
-    return scaled

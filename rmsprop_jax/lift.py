@@ -31,6 +31,7 @@ from rmsprop_jax.equations import (
     divide_eps_inside,
 )
 from rmsprop_jax.state import (
+    Answer,
     RMSPropState,
     Settings,
     SettingsQuery,
@@ -119,7 +120,7 @@ def transformation(
     ) -> tuple[optax.Updates, RMSPropState]:
         query = extra_args.get("rmsprop_settings")
         if isinstance(query, SettingsQuery):
-            query.answers.append((state, settings))
+            query.answers.append(Answer(state, settings, algorithm, initial_scale))
             return updates, state
         state = checked_state(state, algorithm.slots())
         trained, decays = _trained(params, updates), None
@@ -299,12 +300,12 @@ def _bias_corrected(numbers: Numbers, step: jax.Array) -> dict[str, Any]:
     for name, complement in _COMPLEMENTS.items():
         if complement in numbers:
             alpha, one_minus = numbers[name], numbers[complement]
-            before, now = (_one_minus_power(alpha, one_minus, t) for t in (step - 1, step))
+            before, now = (one_minus_power(alpha, one_minus, t) for t in (step - 1, step))
             corrected[name], corrected[complement] = alpha * before / now, one_minus / now
     return corrected
 
 
-def _one_minus_power(alpha: jax.Array, one_minus_alpha: jax.Array, t: jax.Array) -> jax.Array:
+def one_minus_power(alpha: jax.Array, one_minus_alpha: jax.Array, t: jax.Array) -> jax.Array:
     """1 − alphaᵗ, where nothing cancels for alpha near 1 and the derivative is right down to alpha = 0."""
     is_small = alpha < 0.5
     log_alpha = jnp.log1p(-jnp.where(is_small, 0.5, one_minus_alpha))

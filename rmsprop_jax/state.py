@@ -54,6 +54,22 @@ class Settings(NamedTuple):
     eps_in_sqrt: bool
 
 
+class Answer(NamedTuple):
+    """What an RMSProp says of itself.
+
+    Attributes:
+      state: the state that it was asked with.
+      settings: what it was built with.
+      algorithm: the equations and their order, as ``lift.Algorithm``.
+      initial_scale: what ``square_avg`` starts from.
+    """
+
+    state: Any
+    settings: Settings
+    algorithm: Any
+    initial_scale: Any
+
+
 class SettingsQuery:
     """Asks every RMSProp inside a transformation what it was built with.
 
@@ -62,13 +78,12 @@ class SettingsQuery:
     answer and returns updates and state untouched.
 
     Attributes:
-      answers: pairs of state and :class:`Settings`, at least one for each RMSProp. (Optax may call a transformation
-        more than once.)
+      answers: at least one :class:`Answer` for each RMSProp. (Optax may call a transformation more than once.)
     """
 
     def __init__(self) -> None:
         """Starts without answers."""
-        self.answers: list[tuple[RMSPropState, Settings]] = []
+        self.answers: list[Answer] = []
 
 
 # --- Which leaves get a slot, and in which dtype -------------------------------------------------------------

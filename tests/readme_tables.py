@@ -4,7 +4,7 @@ import inspect
 import pathlib
 from collections.abc import Callable
 
-from rmsprop_jax import dialects, recipes
+from rmsprop_jax import recipes, translation
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
@@ -25,23 +25,28 @@ def dialect_table() -> str:
         "| your run is in | average starts from | denominator | learning rate | weight decay | in JAX |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in dialects.DIALECTS.items():
-        says = {thing: f"`{own}`" for thing, own in row.names.items()} | dict(row.fixed)
+    for name, row in translation.DIALECTS.items():
+        needed = {row.names["lr"]: 0.1} | {row.names[n]: 0.5 for n in ("momentum", "weight_decay") if n in row.names}
+        says = translation.structure_of(row.build(**needed)) | {thing: f"`{own}`" for thing, own in row.names.items()}
         start = says["initial_scale"] if isinstance(says["initial_scale"], str) else f"{says['initial_scale']:g}"
+        start = "bias-corrected" if says["bias_correction"] is True else start
         eps = row.names["eps"]
         inside = {True: f"√(v + {eps})", False: f"√v + {eps}"}.get(says["eps_in_sqrt"], says["eps_in_sqrt"])
+        if says["centered"] is True:
+            inside = inside.replace("v", "v − m²", 1)
         buffer = {True: "inside the momentum buffer", False: "after the momentum buffer"}
+        place = buffer.get(says["lr_in_buffer"], says["lr_in_buffer"])
+        if says["averages_steps"]:
+            place = "after the averaged steps"
+        if "momentum" not in row.names:
+            place = "no momentum"
+        framework = row.framework if " " in row.framework or "." not in row.framework else f"`{row.framework}`"
         decay = {True: "decoupled", False: "L2"}.get(says["decoupled_decay"], f"L2, or {says['decoupled_decay']}")
         call = "rmsprop" if name == "torch" else f"dialects.{name}"
         lines.append(
-            f"| `{row.framework}` | {start} | {inside} | {buffer.get(says['lr_in_buffer'], says['lr_in_buffer'])} "
+            f"| {framework} | {start} | {inside} | {place} "
             f"| {decay if 'weight_decay' in row.names else 'none'} | `{call}({signature(row.build, OURS)})` |"
         )
-    for function, framework, rest in (
-        (dialects.dqn, "Nature DQN (Mnih et al. 2015)", "0 | √(v − m² + eps) | no momentum | none"),
-        (dialects.dreamer, "DreamerV3", "bias-corrected | √v + eps | after the averaged steps | none"),
-    ):
-        lines.append(f"| {framework} | {rest} | `dialects.{function.__name__}({signature(function, OURS)})` |")
     return "\n".join(lines)
 
 

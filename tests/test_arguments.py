@@ -8,6 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,12 +18,12 @@ import pytest
 from jax.typing import ArrayLike, DTypeLike
 
 import rmsprop_jax
-from rmsprop_jax import arguments, dialects, recipes, rmsprop, scale_by_rmsprop, transform
+from rmsprop_jax import arguments, dialects, recipes, rmsprop, scale_by_rmsprop, transform, translation
 
 # --- What there is: read from the signatures, so that a new function joins by itself ---------------------
 
 KINDS: dict[str, list[Any]] = {
-    "number": [optax.ScalarOrSchedule, optax.ScalarOrSchedule | None, ArrayLike, float],
+    "number": [optax.ScalarOrSchedule, optax.ScalarOrSchedule | None, chex.Numeric, ArrayLike, float],
     "count": [int],
     "flag": [bool],
     "dtype": [DTypeLike | None],
@@ -46,12 +47,12 @@ def public(module: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
-def translation(source: str) -> Callable[..., Any]:
+def self_translation(source: str) -> Callable[..., Any]:
     """``translate`` of one dialect into itself, with the arguments that it knows of it."""
-    row = dialects.DIALECTS[source]
+    row = translation.DIALECTS[source]
 
-    def translate(**given: Any) -> dialects.Translation:
-        return dialects.translate(source, source, **given)
+    def translate(**given: Any) -> translation.Translation:
+        return translation.translate(source, source, **given)
 
     signature = inspect.signature(row.build)
     known = [p for p in signature.parameters.values() if p.name in row.names.values()]
@@ -65,7 +66,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **public(dialects),
     **public(recipes),
 }
-BUILDERS = FUNCTIONS | {f"translate.{source}": translation(source) for source in dialects.DIALECTS}
+BUILDERS = FUNCTIONS | {f"translate.{source}": self_translation(source) for source in translation.DIALECTS}
 
 
 def kind_of(parameter: inspect.Parameter) -> str:
@@ -210,7 +211,7 @@ def test_number_is_what_python_makes_of_it_or_an_error_by_name(built: list[Any],
 @pytest.mark.parametrize(("builder", "name"), parameters("number"))
 def test_what_is_no_number_is_an_error_by_name(builder: str, name: str) -> None:
     parameter = inspect.signature(BUILDERS[builder]).parameters[name]
-    may_be_schedule = parameter.annotation not in (float, ArrayLike)
+    may_be_schedule = parameter.annotation not in (float, chex.Numeric, ArrayLike)
     may_be_none = parameter.annotation == optax.ScalarOrSchedule | None
     others = ([] if may_be_none else [None]) + ([] if may_be_schedule else [lambda step: 0.1, float])
     for value in NO_NUMBERS + others:
@@ -311,7 +312,7 @@ def test_dtype_is_a_real_floating_one_or_an_error_by_name(builder: str, name: st
 
 @pytest.mark.parametrize(("name", "smallest"), [("gradient", 0.0), ("step", 1.0)])
 def test_figures_of_a_step_are_numbers_or_an_error_by_name(name: str, smallest: float) -> None:
-    port = dialects.translate("tensorflow", "torch", learning_rate=0.1)
+    port = translation.translate("tensorflow", "torch", learning_rate=0.1)
     fixed = {"gradient": 1.0, "step": 10}
     expected = port.step_ratio(**fixed | {name: 5.0})
     for dtype in INTEGERS + FLOATS:
@@ -341,8 +342,8 @@ def is_of_numbers(value: Any) -> bool:
 
 def test_source_and_target_are_names_or_an_error_by_name() -> None:
     for value in [*NO_NUMBERS, None, 1, "tensorflw", len]:
-        assert_refused("source", value, lambda value=value: dialects.translate(value, "torch"))
-        assert_refused("target", value, lambda value=value: dialects.translate("torch", value))
+        assert_refused("source", value, lambda value=value: translation.translate(value, "torch"))
+        assert_refused("target", value, lambda value=value: translation.translate("torch", value))
 
 
 def test_learning_rate_for_a_checkpoint_is_a_number_or_an_error_by_name(built: list[Any]) -> None:

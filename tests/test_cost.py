@@ -92,7 +92,7 @@ def test_irregular_mask_makes_no_more_batches_than_two() -> None:
     mask = {name: bool(chosen) for name, chosen in zip(params, np.random.default_rng(0).random(64) < 0.5, strict=True)}
     tx = rmsprop(weight_decay=0.1, weight_decay_mask=mask)
     lowered = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert lowered.count("func.func private @_update_arrays") == 2
+    assert lowered.count("func.func private @_update_leaves") == 2
 
 
 def test_numbers_that_no_equation_names_stay_out_of_the_program() -> None:

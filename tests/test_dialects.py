@@ -15,7 +15,7 @@ import pytest
 
 import reference
 from compare import Error, assert_alike, assert_close, largest_error
-from rmsprop_jax import RMSPropState, dialects, rmsprop, transform
+from rmsprop_jax import RMSPropState, dialects, rmsprop, transform, translation
 from rmsprop_jax.equations import (
     add_momentum,
     decay_weights,
@@ -24,9 +24,10 @@ from rmsprop_jax.equations import (
     divide_eps_outside,
     scale_by_lr,
 )
+from rmsprop_jax.translation import translate
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-LIBRARIES = tuple(dialects.DIALECTS)
+LIBRARIES = tuple(name for name in translation.DIALECTS if name not in ("dqn", "dreamer"))  # those two cannot be run
 # A slot of ours by the names that the libraries have for it. The first is their average of g².
 SLOTS = {
     "square_avg": ("square_avg", "rms", "velocity", "nu"),
@@ -76,7 +77,7 @@ def recording(library: str, case: str, dtype: str) -> Arrays:
 
 def arguments(library: str, case: str, dtype: str) -> dict[str, Any]:
     """What the library was given, its defaults written out, as the recorder gave it: NumPy numbers in float64."""
-    row, recorded = dialects.DIALECTS[library], load(library)[1]["cases"][case]
+    row, recorded = translation.DIALECTS[library], load(library)[1]["cases"][case]
     defaults = {
         name: p.default for name, p in inspect.signature(row.build).parameters.items() if name in row.names.values()
     }
@@ -89,7 +90,7 @@ def run(library: str, case: str, dtype: str) -> Arrays:
     """What our dialect has after the recorded steps, in the terms of the library."""
     recorded_steps = load(library)[1]["recorded_steps"]
     given = arguments(library, case, dtype)
-    tx = dialects.DIALECTS[library].build(**given)
+    tx = translation.DIALECTS[library].build(**given)
     params = jnp.asarray(joined(library, f"{dtype}/initial/"))
     gradients = joined(library, f"{dtype}/gradients/", axes=2)
     state, moments = tx.init(params), []
@@ -374,7 +375,7 @@ def test_optax_dialect_has_the_arguments_of_optax() -> None:
 
 @pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "torch"])
 def test_bad_number_is_refused_under_its_own_name(library: str) -> None:
-    row = dialects.DIALECTS[library]
+    row = translation.DIALECTS[library]
     for name in ("lr", "alpha", "eps", "momentum"):
         with pytest.raises(ValueError, match=f"^{row.names[name]} must be"):
             row.build(**{row.names["lr"]: 0.1} | {row.names[name]: -1.0})
@@ -402,10 +403,10 @@ def run_on(tx: optax.GradientTransformation, grads: np.ndarray) -> tuple[np.ndar
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_translation_without_notes_is_the_same_optimizer(x64: None, source: str, target: str) -> None:
-    names = dialects.DIALECTS[source].names
-    port = dialects.translate(source, target, **{names["lr"]: 0.1, names["eps"]: 0.04, names["momentum"]: 0.9})
+    names = translation.DIALECTS[source].names
+    port = translate(source, target, **{names["lr"]: 0.1, names["eps"]: 0.04, names["momentum"]: 0.9})
     grads = np.random.default_rng(0).normal(size=(20, 11))
-    before = dialects.DIALECTS[source].build(**{names["lr"]: 0.1, names["eps"]: 0.04, names["momentum"]: 0.9})
+    before = translation.DIALECTS[source].build(**{names["lr"]: 0.1, names["eps"]: 0.04, names["momentum"]: 0.9})
     ours, theirs = run_on(port.build(), grads)[0], run_on(before, grads)[0]
     differs = any("eps is" in note or "starts" in note for note in port.notes)
     tolerance = 1e-5 if "tensorflow" in (source, target) else 1e-12  # TensorFlow rounds numbers to float32
@@ -414,9 +415,9 @@ def test_translation_without_notes_is_the_same_optimizer(x64: None, source: str,
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_there_and_back_is_the_same_setting(source: str, target: str) -> None:
-    names = dialects.DIALECTS[source].names
-    there = dialects.translate(source, target, **{names["lr"]: 0.1, names["eps"]: 0.25, names["momentum"]: 0.9})
-    back = dialects.translate(target, source, **there.arguments)
+    names = translation.DIALECTS[source].names
+    there = translate(source, target, **{names["lr"]: 0.1, names["eps"]: 0.25, names["momentum"]: 0.9})
+    back = translate(target, source, **there.arguments)
     for name in ("lr", "alpha", "momentum", "centered"):
         assert back.after[name] == there.before[name]
     power = 1 + there.before["eps_in_sqrt"] - back.after["eps_in_sqrt"]  # Optax keeps the place it is given
@@ -426,19 +427,19 @@ def test_there_and_back_is_the_same_setting(source: str, target: str) -> None:
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 @pytest.mark.parametrize("size", [1e-3, 1.0])
 def test_predicted_ratio_of_steps_comes_true(x64: None, source: str, target: str, size: float) -> None:
-    names = dialects.DIALECTS[source].names
+    names = translation.DIALECTS[source].names
     setting = {names["lr"]: 0.1, names["alpha"]: 0.9, names["eps"]: 1e-5}
-    port = dialects.translate(source, target, **setting)
+    port = translate(source, target, **setting)
     grads = size * np.sign(np.random.default_rng(0).normal(size=(50, 11)))
-    ratio = run_on(port.build(), grads)[0] / run_on(dialects.DIALECTS[source].build(**setting), grads)[0]
+    ratio = run_on(port.build(), grads)[0] / run_on(translation.DIALECTS[source].build(**setting), grads)[0]
     predicted = port.step_ratio(size, np.arange(1, 51))
     assert_close(ratio, np.broadcast_to(predicted[:, None], ratio.shape), rtol=1e-5)
 
 
 def test_changed_place_of_eps_keeps_denominators_within_root_two() -> None:
-    port = dialects.translate("tensorflow", "keras", learning_rate=0.1)
+    port = translate("tensorflow", "keras", learning_rate=0.1)
     assert not any("eps is" in note for note in port.notes)
-    port = dialects.translate("keras", "torch", epsilon=1e-4)
+    port = translate("keras", "torch", epsilon=1e-4)
     sizes = np.logspace(-8, 4, 500)
     ratio = port.step_ratio(sizes, 10**6)
     assert (ratio <= 1 + 1e-12).all()
@@ -450,7 +451,7 @@ def test_changed_place_of_eps_keeps_denominators_within_root_two() -> None:
 @pytest.mark.parametrize("centered", [False, True])
 def test_converted_state_goes_on_exactly(x64: None, source: str, target: str, centered: bool) -> None:
     """With eps 0 and the start long past, the two differ in the buffer's unit only, and that is converted."""
-    names = dialects.DIALECTS[source].names
+    names = translation.DIALECTS[source].names
     setting = {
         names["lr"]: np.float64(0.25),
         names["eps"]: 0.0,
@@ -458,9 +459,9 @@ def test_converted_state_goes_on_exactly(x64: None, source: str, target: str, ce
         "centered": centered,
     }
     setting[names["alpha"]] = np.float64(0.5)
-    port = dialects.translate(source, target, **setting)
+    port = translate(source, target, **setting)
     grads = np.random.default_rng(0).normal(size=(20, 11))
-    before = dialects.DIALECTS[source].build(**setting)
+    before = translation.DIALECTS[source].build(**setting)
     _, state = run_on(before, grads)
     after = port.build()
     converted = port.convert_state(state)
@@ -472,17 +473,15 @@ def test_converted_state_goes_on_exactly(x64: None, source: str, target: str, ce
 
 
 def test_state_under_a_schedule_is_not_converted_where_it_would_be_wrong() -> None:
-    port = dialects.translate("torch", "keras", lr=lambda step: 0.1, momentum=0.9)
+    port = translate("torch", "keras", lr=lambda step: 0.1, momentum=0.9)
     state = rmsprop(momentum=0.9).init(jnp.ones(2))
     with pytest.raises(ValueError, match="lr must be constant"):
         port.convert_state(state)
-    assert dialects.translate("torch", "stable_baselines3", lr=lambda step: 0.1).convert_state(
-        rmsprop().init(jnp.ones(2))
-    )
+    assert translate("torch", "stable_baselines3", lr=lambda step: 0.1).convert_state(rmsprop().init(jnp.ones(2)))
 
 
 def test_state_at_a_rate_of_zero_is_not_converted() -> None:
-    port = dialects.translate("torch", "keras", lr=0.0, momentum=0.9)
+    port = translate("torch", "keras", lr=0.0, momentum=0.9)
     with pytest.raises(ValueError, match=r"^lr must be constant and not 0 .*, got 0"):
         port.convert_state(rmsprop(momentum=0.9).init(jnp.ones(2)))
 
@@ -511,11 +510,11 @@ def test_tensorflow_names_the_number_that_it_was_given() -> None:
 def test_bad_translation_is_refused(call: tuple[str, str, dict[str, Any]], error: Any, message: str) -> None:
     source, target, given = call
     with pytest.raises(error, match=message):
-        dialects.translate(source, target, **given)
+        translate(source, target, **given)
 
 
 @pytest.mark.parametrize(("kind", "decoupled"), [("torch", False), ("stable_baselines3", False), ("keras", True)])
 def test_weight_decay_is_translated_where_the_target_has_its_kind(kind: str, decoupled: bool) -> None:
-    port = dialects.translate(kind, "timm", weight_decay=0.1)
+    port = translate(kind, "timm", weight_decay=0.1)
     assert port.arguments["weight_decay"] == 0.1
     assert port.arguments["decoupled_decay"] == decoupled

@@ -30,13 +30,17 @@ ROOMS: dict[str, Room] = {
     "trees": Room(2, {"state", "arguments"}),
     "lift": Room(3, {"equations", "state", "arguments", "trees"}),
     "transform": Room(4, {"equations", "arguments", "lift"}),
-    "dialects": Room(5, {"equations", "state", "arguments", "lift", "transform"}),
+    "dialects": Room(4, {"equations", "arguments", "lift"}),
+    "conversion": Room(4, {"state", "arguments", "lift"}),
     "diagnostics": Room(4, {"state", "arguments"}),
-    "recipes": Room(6, {"arguments", "transform", "dialects"}),
+    "recipes": Room(5, {"arguments", "transform", "dialects"}),
+    "translation": Room(5, {"equations", "state", "arguments", "transform", "dialects", "conversion"}),
     "torch_interop": Room(5, {"state", "arguments", "transform"}),
     "plotting": Room(5, {"diagnostics"}),
     # Loads the last two when they are used: matplotlib is not a dependency.
-    FRONT_DOOR: Room(7, {"state", "transform", "dialects", "diagnostics", "recipes", "plotting", "torch_interop"}),
+    FRONT_DOOR: Room(
+        6, {"state", "transform", "dialects", "translation", "diagnostics", "recipes", "plotting", "torch_interop"}
+    ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 import reference
 from compare import assert_close, assert_same
-from rmsprop_jax import RMSPropState, dialects, lift, rmsprop, scale_by_rmsprop
+from rmsprop_jax import RMSPropState, dialects, lift, rmsprop, scale_by_rmsprop, translation
 from rmsprop_jax.equations import average, average_steps, divide_eps_outside
 from rmsprop_jax.state import SettingsQuery
 
@@ -216,7 +216,7 @@ def test_schedules_of_all_numbers_are_traced_once_and_need_no_other_state() -> N
 
 DIALECTS_AND_NUMBERS = [
     (build, name)
-    for build in (*(row.build for row in dialects.DIALECTS.values()), dialects.dqn, dialects.dreamer)
+    for build in (row.build for row in translation.DIALECTS.values())
     for name, parameter in inspect.signature(build).parameters.items()
     if "ScalarOrSchedule" in str(parameter.annotation) or "Callable" in str(parameter.annotation)
     if name != "weight_decay_mask"
@@ -1116,7 +1116,7 @@ def test_transformation_tells_what_it_was_built_with(tx: Any, settings: Any) -> 
     query = SettingsQuery()
     state = tx.init(TREE)
     tx.update(TREE, state, TREE, rmsprop_settings=query)
-    answers = [answer for _, answer in query.answers]  # Optax may call an inner transformation twice
+    answers = [answer.settings for answer in query.answers]  # Optax may call an inner transformation twice
     assert answers
     assert answers == [settings] * len(answers)
 
@@ -1129,9 +1129,9 @@ def test_injected_numbers_and_parts_tell_what_they_have_now() -> None:
     query = SettingsQuery()
     updates, _ = tx.update(TREE, state, TREE, rmsprop_settings=query)
     found = {
-        jax.tree_util.keystr(path): (float(answer.lr), answer.eps_in_sqrt)
-        for asked, answer in query.answers
-        for path, _ in jax.tree_util.tree_leaves_with_path(asked.square_avg)
+        jax.tree_util.keystr(path): (float(answer.settings.lr), answer.settings.eps_in_sqrt)
+        for answer in query.answers
+        for path, _ in jax.tree_util.tree_leaves_with_path(answer.state.square_avg)
     }
     assert found == {"['a']": (np.float32(0.7), False), "['b']['c']": (0.3, True)}
     assert_same(updates, TREE)
