@@ -1,8 +1,8 @@
 """Is this number, flag or schedule one we can take? The error that says what to do.
 
-One gate for every number of the package. Whatever is concrete is checked: numbers of Python and NumPy become floats,
-arrays stay arrays, so that a transformation can tell structure (the number 0 means that there is no momentum) from
-data. Of a tracer only dtype and shape are checked.
+Every number of the package passes through one gate. Concrete values are checked. Numbers of Python and NumPy become
+floats, and arrays stay arrays, so that a transformation can tell structure (the number 0 means no momentum) from data.
+For a tracer, only dtype and shape are checked.
 """
 
 import functools
@@ -36,7 +36,7 @@ _EXECUTION_HINTS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def check_number(name: str, value: Any, below: float = math.inf) -> Any:
-    """Returns ``value`` as a float, or as it is if it is a scalar array (NumPy's in float64).
+    """Returns ``value`` as a float, or unchanged if it is a scalar array (NumPy's in float64).
 
     Raises:
       ValueError: if the number is not in [0, ``below``), or the array is not a scalar.
@@ -57,7 +57,7 @@ def check_number(name: str, value: Any, below: float = math.inf) -> Any:
 
 
 def check_number_or_schedule(name: str, value: Any, below: float = math.inf) -> Any:
-    """Returns a schedule as it is, and anything else as :func:`check_number` does."""
+    """Returns a schedule unchanged, and anything else as :func:`check_number` does."""
     return value if callable(value) else check_number(name, value, below)
 
 
@@ -86,7 +86,7 @@ def check_numbers(name: str, value: Any, at_least: float) -> np.ndarray:
 
 
 def check_smoothing(name: str, value: Any) -> Any:
-    """Returns a smoothing constant, a number in [0, 1), as :func:`check_number` does; or a schedule as it is.
+    """Returns a smoothing constant, a number in [0, 1), as :func:`check_number` does, or a schedule unchanged.
 
     Raises:
       ValueError: as :func:`check_number`.
@@ -103,10 +103,10 @@ def check_smoothing(name: str, value: Any) -> Any:
 
 
 def check_eps(name: str, value: Any) -> Any:
-    """Returns a number ≥ 0 as :func:`check_number` does, or a schedule as it is.
+    """Returns a number ≥ 0 as :func:`check_number` does, or a schedule unchanged.
 
     Raises:
-      ValueError: as :func:`check_number`; also for a number that XLA takes for 0, below float32's smallest normal one.
+      ValueError: as :func:`check_number`; also for a number below float32's smallest normal one, which XLA treats as 0.
       TypeError: as :func:`check_number`.
     """
     checked = check_number_or_schedule(name, value)
@@ -114,7 +114,7 @@ def check_eps(name: str, value: Any) -> Any:
     if number is not None and 0 < number < _SMALLEST_EPS:
         raise ValueError(
             f"{name} must be 0 or at least {_SMALLEST_EPS:.3g}, the smallest normal number of float32, {_got(value)}; "
-            "XLA takes anything between for 0"
+            "XLA treats anything in between as 0"
         )
     return checked
 
@@ -124,7 +124,7 @@ def check_count(name: str, value: Any) -> int:
 
     Raises:
       ValueError: if the number is out of range.
-      TypeError: if ``value`` is no whole number; a float is none, even if its fraction is 0, and a tracer neither.
+      TypeError: if ``value`` is not a whole number. A float or a tracer is not one, whatever its value.
     """
     allowed = "a whole number from 1 to 2³¹ − 1"
     if isinstance(value, jax.core.Tracer):
@@ -141,7 +141,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def known(number: Any) -> float | None:
-    """Returns a number that a check has passed as a float, if its value can be read here: no tracer, no schedule."""
+    """Returns a checked number as a float, or ``None`` if its value cannot be read here (a tracer, a schedule)."""
     if isinstance(number, jax.Array):
         return float(np.asarray(number)) if _is_concrete(number) else None
     return float(number) if isinstance(number, float | np.ndarray) else None
@@ -163,7 +163,7 @@ def check_float_dtype(name: str, value: Any) -> np.dtype | None:
 
     Raises:
       ValueError: if it is float64 and ``jax_enable_x64`` is off.
-      TypeError: if it is no dtype, or none of real floating numbers.
+      TypeError: if it is not a dtype of real floating numbers.
     """
     if value is None:
         return None
@@ -197,7 +197,7 @@ def _check_range(name: str, number: float, value: Any, below: float, allowed: st
 
 
 def _is_concrete(value: jax.Array) -> bool:
-    """Whether the value can be read here: no tracer, and no array that other processes hold a part of."""
+    """Whether the value can be read here: not of a tracer, nor of an array that other processes hold a part of."""
     return not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
 
 
@@ -231,7 +231,7 @@ def shown(value: Any, length: int = 80) -> str:
     short.maxother = short.maxstring = short.maxlong = length
     try:
         text = " ".join(short.repr(value).split())
-    except Exception:  # a representation that fails must not hide the error it was to explain
+    except Exception:  # a failing representation must not hide the error that it explains
         text = object.__repr__(value)
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
@@ -241,7 +241,7 @@ def _got(value: Any) -> str:
 
 
 def _hint_at_init(value: Any) -> str:
-    """What to do for someone who gave parameters to a transformation, as torch's optimizers take them."""
+    """Advice for users who pass parameters to a transformation, as torch's optimizers take them."""
     try:
         leaves = [] if isinstance(value, jax.Array | np.ndarray) and not value.shape else jax.tree.leaves(value)
     except Exception:  # nested too deeply (a SystemError), or with keys that cannot be sorted
@@ -255,7 +255,7 @@ _Result = TypeVar("_Result")
 
 
 def explain_arguments(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Says what to write in place of an argument that ``function`` does not have, where Python says it is unexpected.
+    """Makes the error for an argument that ``function`` does not have say what to write instead.
 
     It knows what other frameworks call the same thing, torch's hints about execution, and parameters given first.
     """

@@ -1,10 +1,10 @@
 """Published training recipes as ready optimizers: dialect, numbers, schedule, clipping and decay in one chain.
 
 Every number was read in the source that the function names. What a source leaves open is an argument without a
-default, and what is no part of the optimizer (an average of the weights, a schedule that watches the validation
-loss) is left to the caller; the docstring says so. All of them are Optax transformations: ``init`` and ``update``
-with ``params``. Gradients and parameters may have any dtype that :func:`rmsprop_jax.rmsprop` takes; what surrounds it
-computes in float32 at least too. A count is a whole number from 1 to 2³¹ − 1, known when the recipe is built.
+default. What does not belong to the optimizer (an average of the weights, a schedule that watches the validation
+loss) is left to the caller, and the docstring says so. All of them are Optax transformations; ``update`` needs
+``params``. Gradients and parameters may have any dtype that :func:`rmsprop_jax.rmsprop` takes, and clipping computes in
+float32 at least too. A count is a whole number from 1 to 2³¹ − 1, known when the recipe is built.
 """
 
 import math
@@ -13,14 +13,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from optax import GradientTransformationExtraArgs
 
 from rmsprop_jax import dialects
 from rmsprop_jax.arguments import check_count, check_number, explain_arguments, known, shown
+from rmsprop_jax.state import is_trainable, widened
 from rmsprop_jax.transform import rmsprop
+
+__all__ = [
+    "a2c",
+    "a2c_atari",
+    "char_rnn",
+    "cleanba_impala",
+    "dpo",
+    "dqn_dopamine",
+    "dqn_nature",
+    "dreamer_v3",
+    "efficientnet",
+    "graves",
+    "impala",
+    "inception_v3",
+    "mnasnet",
+    "mobilenet_v3",
+    "qmix",
+    "torchbeast",
+    "unet",
+    "wgan_critic",
+    "wgan_generator",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # --- Reinforcement learning ------------------------------------------------------------------------------
 
@@ -178,7 +205,7 @@ def graves() -> GradientTransformationExtraArgs:
     """Graves' handwriting: centered, 1e-4 under the root, learning rate 1e-4 inside a momentum of 0.9.
 
     The paper does not say what the averages start from; here it is 0. It clips what is propagated back through the
-    outputs (±100) and the cells (±10), which is not the optimizer's to do.
+    outputs (±100) and the cells (±10), which an optimizer cannot do.
 
     Source: A. Graves, "Generating Sequences With Recurrent Neural Networks", arXiv:1308.0850v5, eq. 38-45.
     """
@@ -195,7 +222,7 @@ def efficientnet(
     """EfficientNet: TensorFlow's RMSProp, 0.016 per 256 images, × 0.97 per 2.4 epochs after 5 epochs of warm-up.
 
     decay 0.9, momentum 0.9, epsilon 1e-3; the staircase is counted from step 0, the warm-up is linear from 0. L2
-    decay of 1e-5 for everything outside batch normalisation, which ``weight_decay_mask`` says. The average of the
+    decay of 1e-5 for everything outside batch normalization, which ``weight_decay_mask`` selects. The average of the
     weights (0.9999) is left to the caller.
 
     Source: github.com/tensorflow/tpu at 7dc921f, ``models/official/efficientnet/main.py``, ``utils.py``.
@@ -311,7 +338,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        norm = _norm([g for g in jax.tree.leaves(updates) if _is_trainable(g)])
+        norm = _norm([g for g in jax.tree.leaves(updates) if is_trainable(g)])
         excess = jnp.maximum(1.0, norm / limit)
         return jax.tree.map(_in_float32(lambda g: _shorter(g, excess)), updates)
 
@@ -365,9 +392,9 @@ def _in_float32(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     """``function`` of arrays in float32 at least, rounded to the dtype of the first; anything else is left alone."""
 
     def rounded(g: Any, *others: Any) -> Any:
-        if not all(map(_is_trainable, (g, *others))):
+        if not all(map(is_trainable, (g, *others))):
             return g
-        return function(*map(_wide, (g, *others))).astype(jnp.result_type(g))
+        return function(*map(widened, (g, *others))).astype(jnp.result_type(g))
 
     return rounded
 
@@ -385,7 +412,7 @@ def _shorter(g: jax.Array, excess: jax.Array) -> jax.Array:
 
 def _norm(arrays: Sequence[Any]) -> jax.Array:
     """The Euclidean norm of all entries, where it is above 1e-19: below, its derivative would not be finite."""
-    parts = [part for x in map(_wide, arrays) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    parts = [part for x in map(widened, arrays) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     dtype = max((part.dtype for part in parts), key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
     limits = jnp.finfo(dtype)
 
@@ -398,14 +425,3 @@ def _norm(arrays: Sequence[Any]) -> jax.Array:
     small = 2.0 ** (-3 * limits.maxexp // 4)
     result: jax.Array = jax.lax.cond(jnp.isinf(direct), lambda: norm(small), lambda: direct)
     return result
-
-
-def _wide(x: Any) -> jax.Array:
-    array = jnp.asarray(x)
-    return array if jnp.finfo(array.dtype).bits >= 32 else array.astype(jnp.float32)
-
-
-def _is_trainable(leaf: Any) -> bool:
-    """Whether a leaf is a floating or complex array or Python number, which is what RMSProp updates."""
-    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    return isinstance(leaf, float | complex) or (is_array and jnp.issubdtype(leaf.dtype, jnp.inexact))

@@ -230,8 +230,8 @@ def test_recording_tells_a_flipped_dialect(
 
 
 def test_recording_tells_what_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nan(a: Any, eps: Any) -> Any:
-        return a._replace(g=a.g * jnp.nan)
+    def nan(leaf: Any, eps: Any) -> Any:
+        return leaf._replace(update=leaf.update * jnp.nan)
 
     monkeypatch.setattr(dialects, "divide_eps_inside", nan)
     assert difference("keras", "default", "float32").size == np.inf
