@@ -3,7 +3,7 @@
 A convolution and a linear layer learn scikit-learn's handwritten digits with ``torch.optim.RMSprop``, two parameter
 groups (the convolution with momentum, the linear layer centered) and a StepLR. After half of the steps the run is
 saved to a ``.pt`` file. From there it goes on twice, on the same batches: in PyTorch as if nothing had happened, and as
-a Flax model, with :func:`rmsprop_jax.torch_interop.from_torch`. Then :func:`rmsprop_jax.torch_interop.to_torch` takes
+a Flax model, with :func:`rmsprop_jax.checkpoints.from_torch`. Then :func:`rmsprop_jax.checkpoints.to_torch` takes
 the Flax run back to PyTorch for one more step. Read from the top down: data, the model twice, the bridge between the
 two, PyTorch, JAX, the way back.
 
@@ -27,7 +27,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from rmsprop_jax.torch_interop import from_torch, to_torch
+from rmsprop_jax.checkpoints import from_torch, to_torch
 
 STEPS = 40  # in PyTorch, and then as many again in both
 STEPS_PER_RATE = 15  # the StepLR then halves the learning rates: twice before the stop, three times after

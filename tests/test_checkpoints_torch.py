@@ -15,7 +15,7 @@ import pytest
 import reference
 from compare import assert_close, assert_same
 from rmsprop_jax import dialects, rmsprop
-from rmsprop_jax.torch_interop import from_torch, to_torch
+from rmsprop_jax.checkpoints import from_torch, to_torch
 
 torch = pytest.importorskip("torch")
 
@@ -441,7 +441,9 @@ def test_to_params_may_split_and_join() -> None:
 def test_leaf_of_parameters_of_two_groups_is_refused() -> None:
     run = Run(*TWO_GROUPS)
     run.step(gradients(1)[0])
-    with pytest.raises(ValueError, match=r"leaf \['both'\] .*'conv.bias' of group 0 and 'scale' of group 1"):
+    with pytest.raises(
+        ValueError, match=r"^to_params makes leaf both of 'conv.bias' of group 0 and 'scale' of group 1"
+    ):
         from_torch(run.file(), NAMES, joined)
 
 
@@ -855,10 +857,14 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a cast": (
         dict(to_params=but("linear.weight", lambda x: jnp.asarray(x, jnp.bfloat16))),
         ValueError,
-        "leaf ['rest'][0] of to_params(...) holds numbers that were in no parameter",
+        "to_params puts numbers into leaf rest/0 that it was not given",
     ),
-    "a sum": (dict(to_params=lambda n: [n[k] for k in NAMES] + [n["scale"] + n["scale"]]), ValueError, "leaf [5] of"),
-    "padding": (dict(to_params=but("conv.bias", lambda x: np.pad(x, 1))), ValueError, "leaf ['conv']['bias'] of"),
+    "a sum": (
+        dict(to_params=lambda n: [n[k] for k in NAMES] + [n["scale"] + n["scale"]]),
+        ValueError,
+        "into leaf 5 of",
+    ),
+    "padding": (dict(to_params=but("conv.bias", lambda x: np.pad(x, 1))), ValueError, "into leaf conv/bias of"),
     "another shape": (
         dict(params=SHAPES | {"conv.bias": (5,)}),
         ValueError,
@@ -893,12 +899,12 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "optax.rmsprop": (
         dict(transformation=lambda **h: optax.rmsprop(h["lr"])),
         ValueError,
-        "for which torch has no slot|must keep an RMSPropState",
+        "the state of the transformation must contain an RMSPropState, got ",
     ),
     "state of another kind": (
         dict(transformation=lambda **h: optax.chain(rmsprop(**h), optax.ema(0.9))),
         ValueError,
-        "for which torch has no slot",
+        "for which the file has no slot",
     ),
 }
 
@@ -907,7 +913,7 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_arguments_that_do_not_fit_the_file_are_refused_by_name(case: str, good: dict[str, Any]) -> None:
     arguments, error, message = MISUSED[case]
     options = dict(names=NAMES, to_params=to_params) | arguments
-    with pytest.raises(error, match="|".join(map(re.escape, message.split("|")))) as raised:
+    with pytest.raises(error, match=re.escape(message)) as raised:
         from_torch(good, **options)
     assert len(str(raised.value)) < 500
 
@@ -948,7 +954,11 @@ def less(params: Any) -> Any:
 
 
 MISUSED_BACK: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "an array for a state": (dict(state=np.ones(3)), ValueError, "with no RMSPropState in it"),
+    "an array for a state": (
+        dict(state=np.ones(3)),
+        ValueError,
+        "state must contain an RMSPropState, got ndarray without one",
+    ),
     "a name too few": (dict(names=NAMES[:-1]), ValueError, "names has 4 names, but like has 5 parameters"),
     "a missing name": (dict(from_params=less), ValueError, "'scale' is missing"),
     "an unknown name": (dict(from_params=more), ValueError, "'more' is not one of them"),
@@ -966,27 +976,27 @@ MISUSED_BACK: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a sum": (
         dict(from_params=lambda p: from_params(p) | {"scale": p["rest"][1] + p["conv"]["bias"][0]}),
         ValueError,
-        "from_params gives 'scale' numbers that were in no leaf",
+        "from_params puts numbers into 'scale' that it was not given",
     ),
     "padding": (
         dict(from_params=lambda p: from_params(p) | {"conv.bias": np.pad(p["conv"]["bias"], 1)}),
         ValueError,
-        "from_params gives 'conv.bias' numbers that were in no leaf",
+        "from_params puts numbers into 'conv.bias' that it was not given",
     ),
     "a part of a leaf lost": (
         dict(from_params=lambda p: from_params(p) | {"conv.bias": p["conv"]["bias"][:3]}),
         ValueError,
-        "from_params leaves out 1 of 4 numbers of leaf ['conv']['bias']",
+        "from_params leaves out 1 of 4 numbers of leaf conv/bias",
     ),
     "a leaf lost": (
         dict(from_params=lambda p: from_params(p) | {"scale": p["conv"]["bias"][0]}),
         ValueError,
-        "from_params leaves out leaf ['rest'][1]; its state would be lost",
+        "from_params leaves out leaf rest/1; its state would be lost",
     ),
     "leaves of two groups joined": (
         dict(from_params=lambda p: from_params(p) | {"scale": np.append(p["rest"][1], p["conv"]["bias"])}),
         ValueError,
-        "'scale' is made of leaf ['rest'][1], which has a grad_avg, and of leaf ['conv']['bias'], which has none",
+        "from_params makes 'scale' of leaf rest/1, which has a grad_avg, and of leaf conv/bias, which has none",
     ),
     "a dict for from_params": (dict(from_params={}), TypeError, "from_params must be a function, got {}"),
     "no function for tensors": (dict(tensor=None), TypeError, "tensor must be a function, got None"),
@@ -1102,7 +1112,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a mean whose square is too large": (
         slot_with("grad_avg", jnp.full(4, 1e30)),
         ValueError,
-        "square_avg + grad_avg² of 'conv.bias', which is torch's square_avg, is infinite in float32",
+        "square_avg + grad_avg² of 'conv.bias', which is the average of squares, is infinite in float32",
     ),
     "a bfloat16 step": (step_as(jnp.bfloat16(256)), TypeError, AS_INIT + "bfloat16 ()"),
     "a float step": (step_as(7.0), TypeError, AS_INIT + "7.0"),
@@ -1147,7 +1157,7 @@ def test_place_of_a_part_is_named(good: dict[str, Any]) -> None:
 def test_two_states_of_the_same_parameters_are_refused(everything: tuple[Any, dict[str, Any]]) -> None:
     state, like = everything
     with pytest.raises(
-        ValueError, match=r"^leaf \['conv'\]\['bias'\] of the parameters is in 2 RMSPropStates of state"
+        ValueError, match=r"^state has two RMSPropStates that .* both have the leaf conv/bias; give the"
     ):
         to_torch((state, state), NAMES, from_params, like=like, tensor=torch.from_numpy)
 
@@ -1197,5 +1207,5 @@ def test_parts_at_different_steps_are_refused(good: dict[str, Any]) -> None:
 
 def test_parameter_outside_the_state_is_named(good: dict[str, Any]) -> None:
     _, state = from_torch(good, NAMES, to_params)
-    with pytest.raises(ValueError, match=r"leaf \['rest'\]\[0\] of the parameters is in no RMSPropState"):
+    with pytest.raises(ValueError, match=r"^leaf rest/0 is in no RMSPropState of state; give the"):
         to_torch(state.inner_states["group0"], NAMES, from_params, like=good, tensor=torch.from_numpy)
