@@ -555,6 +555,18 @@ def test_files_of_timm_and_stable_baselines3_go_on_in_their_dialects(
     assert_close(jax.tree.map(np.asarray, back["state"][0]), expected, rtol=1e-12, scale="array")
 
 
+def test_slot_that_only_the_transformation_keeps_starts_from_zero() -> None:
+    run = Run()
+    run.step(gradients(1)[0])
+
+    def with_momentum(momentum: float, **hyperparameters: Any) -> optax.GradientTransformation:
+        return rmsprop(momentum=0.9, **hyperparameters)
+
+    tx, state = from_torch(run.file(), NAMES, to_params, transformation=with_momentum)
+    assert_same(state.momentum_buffer, tx.init(weights(run)).momentum_buffer)
+    np.testing.assert_array_equal(state.square_avg["rest"][1], run.slot("scale", "square_avg"))
+
+
 def test_parameter_without_state_starts_where_its_dialect_starts() -> None:
     file = {"state": {}, "param_groups": [{"params": [0], **GROUP}]}
     _, state = from_torch(file, ["p"], dict, params={"p": (3,)}, transformation=dialects.stable_baselines3)
@@ -859,12 +871,17 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "to_params puts numbers into leaf rest/0 that it was not given",
     ),
+    "a cast to integers": (
+        dict(to_params=but("linear.weight", lambda x: x.astype(np.int32))),
+        ValueError,
+        "to_params puts numbers into leaf rest/0 that it was not given",
+    ),
     "a sum": (
         dict(to_params=lambda n: [n[k] for k in NAMES] + [n["scale"] + n["scale"]]),
         ValueError,
-        "into leaf 5 of",
+        "into leaf 5 that",
     ),
-    "padding": (dict(to_params=but("conv.bias", lambda x: np.pad(x, 1))), ValueError, "into leaf conv/bias of"),
+    "padding": (dict(to_params=but("conv.bias", lambda x: np.pad(x, 1))), ValueError, "into leaf conv/bias that"),
     "another shape": (
         dict(params=SHAPES | {"conv.bias": (5,)}),
         ValueError,
