@@ -1,8 +1,8 @@
-"""Stops a PyTorch run half-way, goes on with it in JAX, and hands it back to PyTorch.
+"""Stops a PyTorch run half-way, continues it in JAX, and hands it back to PyTorch.
 
 A convolution and a linear layer learn scikit-learn's handwritten digits with ``torch.optim.RMSprop``, two parameter
 groups (the convolution with momentum, the linear layer centered) and a StepLR. After half of the steps the run is
-saved to a ``.pt`` file. From there it goes on twice, on the same batches: in PyTorch as if nothing had happened, and as
+saved to a ``.pt`` file. From there it runs on twice, on the same batches: in PyTorch as if nothing had happened, and as
 a Flax model, with :func:`rmsprop_jax.checkpoints.from_torch`. Then :func:`rmsprop_jax.checkpoints.to_torch` takes
 the Flax run back to PyTorch for one more step. Read from the top down: data, the model twice, the bridge between the
 two, PyTorch, JAX, the way back.
@@ -145,7 +145,7 @@ class TorchRun:
 
 
 def step_lr(lr: float) -> optax.Schedule:
-    """The StepLR as a function of the step. The step is in the state, so it goes on where it was."""
+    """The StepLR as a function of the step. The step is in the state, so the schedule continues where it was."""
     return optax.exponential_decay(lr, STEPS_PER_RATE, decay_rate=0.5, staircase=True)
 
 

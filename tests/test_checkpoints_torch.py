@@ -257,7 +257,7 @@ def test_torch_in_the_older_shape_is_read() -> None:
     assert run.slot("scale", "step") == 6
 
 
-# --- Going on --------------------------------------------------------------------------------------------
+# --- Continuing the run ----------------------------------------------------------------------------------
 
 
 # A step adds the rounding of a few operations, 6e-8 each, which the averages forget and the parameters add up:
@@ -279,7 +279,7 @@ def jax_steps(tx: Any, state: Any, params: Any, sequence: list[dict[str, np.ndar
     return params, state
 
 
-def assert_goes_on(params: Any, state: Any, run: Run) -> None:
+def assert_continues(params: Any, state: Any, run: Run) -> None:
     """Parameters and slots of both, relative to the largest number of each array."""
     back = to_torch(state, NAMES, from_params, like=run.file(), tensor=torch.from_numpy)
     for index, (name, x) in enumerate(from_params(params).items()):
@@ -307,7 +307,7 @@ def test_hundred_steps_after_the_move_agree_with_a_run_that_stayed(back: bool) -
     for step, g in enumerate(sequence[start:], start=start):
         run.step(g, rates(step))
     params, state = jax_steps(tx, state, params, sequence[start:])
-    assert_goes_on(params, state, run)
+    assert_continues(params, state, run)
 
 
 def test_learning_rate_of_the_file_may_be_a_tensor() -> None:
@@ -332,7 +332,7 @@ def test_learning_rate_can_be_replaced_and_a_schedule_is_read_at_the_step_of_the
     tx, state = from_torch(run.file(), NAMES, to_params, lr=lr)
     params, state = jax_steps(tx, state, weights(run), gradients(1))
     run.step(gradients(1)[0], expected)
-    assert_goes_on(params, state, run)
+    assert_continues(params, state, run)
 
 
 def test_keys_that_do_not_change_the_update_are_ignored() -> None:
@@ -510,7 +510,7 @@ def test_transformation_may_be_a_chain_with_rmsprop_in_it() -> None:
     assert_same_file(back, run.file())
     params, state = jax_steps(tx, state, weights(run), gradients(1))
     run.step(gradients(1)[0])
-    assert_goes_on(params, state[1], run)
+    assert_continues(params, state[1], run)
 
 
 # timm and Stable-Baselines3 have eps under the root, and averages that start at 1.
@@ -536,7 +536,7 @@ TIMM = dict(
 @pytest.mark.parametrize(
     ("transformation", "more"), [(dialects.timm, TIMM), (dialects.stable_baselines3, {})], ids=["timm", "sb3"]
 )
-def test_files_of_timm_and_stable_baselines3_go_on_in_their_dialects(
+def test_files_of_timm_and_stable_baselines3_continue_in_their_dialects(
     transformation: Callable[..., Any], more: dict[str, Any], x64: None
 ) -> None:
     rng = np.random.default_rng(0)

@@ -44,7 +44,7 @@ ROOMS: dict[str, Room] = {
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}
 NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax", "equinox", "optimistix"}
-# A folder is the room of its __init__.py, and so are the rooms in it: checkpoints, checkpoints.torch.
+# A folder is a room, and each file in it another one: checkpoints (its __init__.py), checkpoints.torch.
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

@@ -1,10 +1,10 @@
 """Arrays under names, and the state of an optimizer for a parameter tree: one into the other, for any framework.
 
 Parameters are identified by name in both directions. The user's function for the weights, from ``{name: array}`` to
-``params`` or back, also carries every slot of the state. It is called once with arrays that are each filled with a tag
-of their own; the tags tell which array each part of its result comes from.
+``params`` or back, also carries every slot of the state. It is called once more with arrays each of which is filled with
+its own tag; the tags in the result tell which array each part comes from.
 
-Read from the top down: two checks of arguments; from names to a tree; from a tree to names; the trace that both use.
+Read from the top down: two checks of arguments; names to tree; tree to names; the trace, which both use.
 """
 
 import math
@@ -35,7 +35,12 @@ __all__ = ["build_optimizer", "check_functions", "checked_names", "slots_by_name
 
 
 def checked_names(names: Iterable[str], example: str) -> list[str]:
-    """Returns ``names`` as a list of different strings. The message suggests ``example``."""
+    """Returns ``names`` as a list.
+
+    Raises:
+      TypeError: if it holds anything but strings; the message suggests ``example``.
+      ValueError: if it holds a name twice.
+    """
     is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes)
     result: list[Any] = list(names) if is_list else [None]
     if not all(isinstance(name, str) for name in result):
@@ -47,7 +52,11 @@ def checked_names(names: Iterable[str], example: str) -> list[str]:
 
 
 def check_functions(**functions: Any) -> None:
-    """Raises a ``TypeError`` that names the first argument that cannot be called."""
+    """Raises unless every argument can be called.
+
+    Raises:
+      TypeError: with the name of the first one that cannot.
+    """
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(f"{name} must be a function, got {shown(function)}")
@@ -77,6 +86,17 @@ def build_optimizer(
     Raises:
       ValueError: if the steps differ, ``to_params`` does more than rearrange, a leaf belongs to two groups, or the
         transformation keeps anything but an ``RMSPropState`` and counts.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax import rmsprop
+      >>> from rmsprop_jax.checkpoints.named import build_optimizer
+      >>> from rmsprop_jax.checkpoints.slots import Parameter
+      >>> slots = {"square_avg": np.array([1.0, 2.0], np.float32)}
+      >>> weight = Parameter("weight", group=0, shape=(2,), dtype=np.dtype(np.float32), step=7, slots=slots)
+      >>> tx, state = build_optimizer([weight], lambda named: {"kernel": named["weight"]}, [rmsprop(0.1)])
+      >>> print(state.step, state.square_avg["kernel"])
+      7 [1. 2.]
     """
     step = _common_step(parameters)
 
@@ -121,7 +141,7 @@ def _common_step(parameters: Sequence[Parameter]) -> int:
 def _tree_of(
     to_params: Callable[[dict[str, np.ndarray]], chex.ArrayTree], arrays: dict[str, np.ndarray]
 ) -> chex.ArrayTree:
-    """``to_params(arrays)`` with ``None`` for whatever is no number: flags, functions and random keys of a module."""
+    """``to_params(arrays)`` with ``None`` for the flags, functions and random keys that a module may have."""
     try:
         tree = to_params(dict(arrays))
     except KeyError as error:
@@ -214,18 +234,16 @@ def slots_by_name(
       TypeError: if an array or a step of ``state`` has another type than ``init`` gives.
       ValueError: if the parts of ``state`` do not fit each other or hold NaN, or if ``from_params`` does more than
         rearrange.
-    """
-    parts = find_states("state", state)
-    for place, part in parts.items():
-        _check_part(place, part)
-    steps = {_count_of(f"{place}.step", part.step) for place, part in parts.items()}
-    if len(steps) > 1:
-        raise ValueError(
-            f"the parts of state are at different steps, {sorted(steps)}, but share one outside; set their steps to "
-            "the one at which the run continues"
-        )
-    trees = {slot: merge_trees("state", [getattr(part, slot) for part in parts.values()]) for slot in SLOTS}
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import rmsprop
+      >>> from rmsprop_jax.checkpoints.named import slots_by_name
+      >>> state = rmsprop(0.1).init({"kernel": jnp.zeros(2)})
+      >>> slots_by_name(state, lambda params: {"weight": params["kernel"]}, ["weight"])
+      (0, {'weight': {'square_avg': array([0., 0.], dtype=float32)}})
+    """
+    step, trees = _step_and_slots(state)
     leaves = _leaves(trees["square_avg"])
     for path, leaf in leaves:
         if is_absent(leaf):
@@ -259,7 +277,22 @@ def slots_by_name(
                 raise ValueError(f"from_params makes {name!r} {array.dtype}; it may only rearrange, not cast")
             if False in made_of or (array.size == 0 and slot == "square_avg"):
                 result[name][slot] = array
-    return max(steps), result
+    return step, result
+
+
+def _step_and_slots(state: optax.OptState) -> tuple[int, dict[str, chex.ArrayTree | None]]:
+    """The step and the whole tree of each slot, after a check that ``init`` and ``update`` could have made them."""
+    parts = find_states("state", state)
+    for place, part in parts.items():
+        _check_part(place, part)
+    steps = {_count_of(f"{place}.step", part.step) for place, part in parts.items()}
+    if len(steps) > 1:
+        raise ValueError(
+            f"the parts of state are at different steps, {sorted(steps)}, but share one outside; set their steps to "
+            "the one at which the run continues"
+        )
+    trees = {slot: merge_trees("state", [getattr(part, slot) for part in parts.values()]) for slot in SLOTS}
+    return max(steps), trees
 
 
 def _check_part(place: str, part: RMSPropState) -> None:

@@ -1,6 +1,7 @@
-"""The slots of one parameter: what a file says of them, whether a state may hold them, and how a centered one counts.
+"""The slots of one parameter: what a file says about them, and whether a state can hold them.
 
-No framework and no tree is known here.
+This room knows neither frameworks nor trees. Its last section converts the slot ``square_avg`` of a centered state,
+which is a variance here and an average of squares in other libraries.
 """
 
 import operator
@@ -28,7 +29,7 @@ __all__ = [
 SLOTS = RMSPropState._fields[1:]  # all fields but the step
 
 
-# --- What a file says of a parameter -----------------------------------------------------------------------
+# --- What a file says about a parameter ----------------------------------------------------------------------
 
 
 class Parameter(NamedTuple):
@@ -99,7 +100,7 @@ def check_slot(where: str, slot: str, value: Any) -> None:
       value: anything.
 
     Raises:
-      TypeError: if it is no such array.
+      TypeError: if it is anything but such an array.
       ValueError: if numbers in it are NaN or negative.
     """
     if not (is_array(value) and jnp.issubdtype(value.dtype, jnp.inexact)):
@@ -189,6 +190,12 @@ def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndar
 
     Raises:
       ValueError: if both are infinite somewhere.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax.checkpoints.slots import variance
+      >>> print(variance("weight", square_avg=np.float32([5.0, 0.25]), grad_avg=np.float32([2.0, 0.5000001])))
+      [1. 0.]
     """
     result = _componentwise(lambda v, m: np.maximum(v - m * m, 0), square_avg, grad_avg)
     if np.isnan(result).any():
