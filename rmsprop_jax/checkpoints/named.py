@@ -1,8 +1,8 @@
 """Arrays under names, and the state of an optimizer for a parameter tree: one into the other, for any framework.
 
 Parameters are identified by name in both directions. The user's function for the weights, from ``{name: array}`` to
-``params`` or back, also carries every slot of the state. It is called once more with arrays each of which is filled with
-its own tag; the tags in the result tell which array each part comes from.
+``params`` or back, also carries every slot of the state. One more call gives it arrays that are each filled with a tag;
+the tags in its result tell which array each part comes from.
 
 Read from the top down: two checks of arguments; names to tree; tree to names; the trace, which both use.
 """
