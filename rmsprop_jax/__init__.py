@@ -3,12 +3,22 @@
 import importlib
 from typing import Any
 
-from rmsprop_jax import diagnostics, dialects, recipes, translation
+from rmsprop_jax import diagnostics, dialects, recipes, recorder, summary, translation
 from rmsprop_jax.state import RMSPropState
 from rmsprop_jax.transform import rmsprop, scale_by_rmsprop
 
 __version__ = "0.1.0"
-__all__ = ["RMSPropState", "diagnostics", "dialects", "recipes", "rmsprop", "scale_by_rmsprop", "translation"]
+__all__ = [
+    "RMSPropState",
+    "diagnostics",
+    "dialects",
+    "recipes",
+    "recorder",
+    "rmsprop",
+    "scale_by_rmsprop",
+    "summary",
+    "translation",
+]
 
 _LOADED_WHEN_USED = ("plotting", "torch_interop")  # plotting imports matplotlib
 

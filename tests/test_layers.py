@@ -32,14 +32,29 @@ ROOMS: dict[str, Room] = {
     "transform": Room(4, {"equations", "arguments", "lift"}),
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "lift"}),
-    "diagnostics": Room(4, {"state", "arguments"}),
+    "figures": Room(2, {"state"}),
+    "diagnostics": Room(4, {"state", "arguments", "figures"}),
+    "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
+    "summary": Room(5, {"state", "figures", "diagnostics"}),
     "recipes": Room(5, {"arguments", "transform", "dialects"}),
     "translation": Room(5, {"equations", "state", "arguments", "transform", "dialects", "conversion"}),
     "torch_interop": Room(5, {"state", "arguments", "transform"}),
     "plotting": Room(5, {"diagnostics"}),
     # Loads the last two when they are used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
-        6, {"state", "transform", "dialects", "translation", "diagnostics", "recipes", "plotting", "torch_interop"}
+        6,
+        {
+            "state",
+            "transform",
+            "dialects",
+            "translation",
+            "diagnostics",
+            "recorder",
+            "summary",
+            "recipes",
+            "plotting",
+            "torch_interop",
+        },
     ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
