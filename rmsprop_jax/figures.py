@@ -1,8 +1,8 @@
 """From the leaves of an update to one vector of figures: the engine below ``diagnostics``.
 
-It knows arrays by key, and neither trees nor transformations. Read from the top down: what a leaf is, and what one
-gradient is divided by; the names of the figures; the vector; the arrays, joined to blocks; the reductions, row by row;
-the quantiles, by bisection.
+It knows arrays by key, and neither trees nor transformations. Read from the top down: the update of one leaf, and what
+its gradient is divided by; the vector; the arrays, joined to blocks; the reductions, row by row; the quantiles, by
+bisection; types inside ``jax.shard_map``.
 
 XLA's compile time grows with the number of loops over arrays of different shapes, but hardly with the number of
 results per loop. So each array gets a few loops with many results, small arrays are joined, and the rest is arithmetic
@@ -141,7 +141,7 @@ class _Arrays(NamedTuple):
     p: jax.Array
     length: np.ndarray | None = None  # elements of each row before its padding; None if no row has any
     v: Any = None  # this and all below are None if no RMSProp updates the parameters
-    first: Any = None  # grad_avg if centered, which tells better than v whether there was an update
+    grad_avg: Any = None  # if centered; it tells better than v whether there was an update
     lr: Any = None  # a number for each parameter
     eps: Any = (None, None)
 
@@ -186,12 +186,12 @@ def _block_of(name: str, leaf: LeafUpdate) -> _Block:
     g, u = (jnp.zeros_like(p) if x is None else real(x).astype(p.dtype)[None] for x in (leaf.g, leaf.u))
     if leaf.state is None:
         return _Block([name], [p.size], 0.0, _Arrays(g, u, p))
-    square_avg, grad_avg = leaf.state.square_avg, leaf.state.grad_avg
+    square_avg = leaf.state.square_avg
     v = real(square_avg)[None]
     lr, *eps = (jnp.asarray(x, v.dtype)[None] for x in (leaf.lr, *leaf.eps))
-    first = None if grad_avg is None else real(grad_avg)[None]
+    grad_avg = None if leaf.state.grad_avg is None else real(leaf.state.grad_avg)[None]
     smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
-    return _Block([name], [p.size], smallest, _Arrays(g, u, p, None, v, first, lr, tuple(eps)))
+    return _Block([name], [p.size], smallest, _Arrays(g, u, p, None, v, grad_avg, lr, tuple(eps)))
 
 
 def _joined(blocks: Sequence[_Block]) -> _Block:
@@ -234,7 +234,7 @@ def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
     g, u, p, v = arrays.g, arrays.u, arrays.p, arrays.v
     quantities, shares = [g, u, p], [~(jnp.isfinite(g) & jnp.isfinite(u) & jnp.isfinite(p))]
     if v is not None:
-        was_updated = ((v if arrays.first is None else arrays.first) != 0) | (g != 0)
+        was_updated = ((v if arrays.grad_avg is None else arrays.grad_avg) != 0) | (g != 0)
         quantities += [jnp.where(was_updated, g.astype(v.dtype) / jnp.sqrt(jnp.maximum(v, smallest)), 0.0)]
         inside, outside = map(arrays.per_row, arrays.eps)
         shares += [((v < inside) | (jnp.sqrt(v) < outside)) & arrays.is_element(), ~was_updated & arrays.is_element()]
@@ -349,7 +349,7 @@ def _count_below(x: jax.Array, own: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.sum(below, axis=tuple(range(2, below.ndim)), dtype=jnp.uint32).T
 
 
-# --- Inside jax.shard_map ----------------------------------------------------------------------------------
+# --- Types inside jax.shard_map ----------------------------------------------------------------------------
 
 
 def varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
