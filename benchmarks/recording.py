@@ -15,7 +15,7 @@ from flax import nnx
 from benchmarks.measure import Step, in_turns, ratio
 from examples import train_digits
 from rmsprop_jax import rmsprop
-from rmsprop_jax.diagnostics import record_statistics
+from rmsprop_jax.recorder import record_statistics
 
 EVERY, BATCH_SIZE = 10, 32
 LR, SETTING = 5e-4, dict(alpha=0.99, eps=1e-8, momentum=0.9)

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from rmsprop_jax import checkpoints, diagnostics, dialects, recipes, translation
+from rmsprop_jax import checkpoints, diagnostics, dialects, recipes, recorder, summary, translation
 from rmsprop_jax.state import RMSPropState
 from rmsprop_jax.transform import rmsprop, scale_by_rmsprop
 
@@ -14,8 +14,10 @@ __all__ = [
     "diagnostics",
     "dialects",
     "recipes",
+    "recorder",
     "rmsprop",
     "scale_by_rmsprop",
+    "summary",
     "translation",
 ]
 

@@ -160,6 +160,11 @@ def find_states(name: str, opt_state: optax.OptState, advice: str = _GIVE_A_STAT
     return states
 
 
+def step_of(state: RMSPropState) -> chex.Array | None:
+    """The step of ``state``, taken out of the box that Flax's nnx keeps it in; ``None`` if the state has none."""
+    return next(iter(jax.tree.leaves(state.step)), None)
+
+
 def replace_states(
     opt_state: optax.OptState,
     state: Callable[[RMSPropState], Any],

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from rmsprop_jax import rmsprop
-from rmsprop_jax.diagnostics import record_statistics
+from rmsprop_jax.recorder import record_statistics
 
 SIZE = 1 << 20
 

@@ -28,21 +28,26 @@ ROOMS: dict[str, Room] = {
     "state": Room(1, set()),
     "arguments": Room(1, set()),
     "trees": Room(2, {"state", "arguments"}),
+    "figures": Room(2, {"state"}),
     "lift": Room(3, {"equations", "state", "arguments", "trees"}),
     "transform": Room(4, {"equations", "arguments", "lift"}),
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "lift"}),
-    "diagnostics": Room(4, {"state", "arguments"}),
-    "recipes": Room(5, {"state", "arguments", "transform", "dialects"}),
-    "translation": Room(5, {"equations", "state", "arguments", "transform", "dialects", "conversion"}),
+    "diagnostics": Room(4, {"state", "arguments", "figures"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
     "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "recipes": Room(5, {"state", "arguments", "transform", "dialects"}),
+    "translation": Room(5, {"equations", "state", "arguments", "transform", "dialects", "conversion"}),
+    "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
+    "summary": Room(5, {"state", "figures", "diagnostics"}),
+    "plotting": Room(5, {"diagnostics"}),
     "checkpoints.torch": Room(6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named"}),
     "checkpoints": Room(7, {"checkpoints.torch"}),
-    "plotting": Room(5, {"diagnostics"}),
     # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
-        8, {"state", "transform", "dialects", "translation", "diagnostics", "recipes", "checkpoints", "plotting"}
+        8,
+        {"state", "transform", "dialects", "translation", "diagnostics", "recorder", "summary", "recipes"}
+        | {"checkpoints", "plotting"},
     ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}

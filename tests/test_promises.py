@@ -24,7 +24,7 @@ import pytest
 from jax.experimental import checkify
 
 from compare import assert_alike, assert_close, assert_same
-from rmsprop_jax import RMSPropState, diagnostics, dialects, lift, rmsprop, scale_by_rmsprop
+from rmsprop_jax import RMSPropState, dialects, lift, recorder, rmsprop, scale_by_rmsprop
 from rmsprop_jax.equations import average
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -58,11 +58,9 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "dqn": dialects.dqn,
     "dreamer": dialects.dreamer,
     "optax": lambda: dialects.optax(0.01, momentum=0.9, nesterov=True, bias_correction=True),
-    "recorded": lambda: diagnostics.record_statistics(rmsprop(momentum=0.9), every=2),
-    "recorded dialect": lambda: diagnostics.record_statistics(
-        dialects.tensorflow(falling(0.1), centered=True), every=1
-    ),
-    "recorded chain": lambda: diagnostics.record_statistics(optax.chain(dialects.dreamer(), optax.scale(0.5)), every=3),
+    "recorded": lambda: recorder.record_statistics(rmsprop(momentum=0.9), every=2),
+    "recorded dialect": lambda: recorder.record_statistics(dialects.tensorflow(falling(0.1), centered=True), every=1),
+    "recorded chain": lambda: recorder.record_statistics(optax.chain(dialects.dreamer(), optax.scale(0.5)), every=3),
 }
 CLIMBING = {"everything", "scaling", "corrected"}
 every = pytest.mark.parametrize("name", TRANSFORMATIONS)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from rmsprop_jax import RMSPropState, diagnostics, dialects, rmsprop, translation
+from rmsprop_jax import RMSPropState, dialects, recorder, rmsprop, translation
 from rmsprop_jax.translation import translate
 
 DIALECTS = tuple(name for name in translation.DIALECTS if name not in ("dqn", "dreamer"))
@@ -606,7 +606,7 @@ def test_bias_correction_needs_a_constant() -> None:
 def test_state_inside_of_another_is_converted_where_it_is(wrap: str) -> None:
     wrappers: dict[str, Callable[[Any], Any]] = {
         "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
-        "recorder": diagnostics.record_statistics,
+        "recorder": recorder.record_statistics,
         "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
         "inject": lambda tx: optax.inject_hyperparams(lambda lr: tx)(lr=0.5),
         "multi": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
