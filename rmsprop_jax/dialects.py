@@ -58,6 +58,16 @@ from rmsprop_jax.equations import (
 )
 from rmsprop_jax.lift import transformation
 
+__all__ = [
+    "dqn",
+    "dreamer",
+    "keras",
+    "optax",
+    "stable_baselines3",
+    "tensorflow",
+    "timm",
+]
+
 
 @explain_arguments
 def tensorflow(

@@ -42,6 +42,15 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("rmsprop_jax.plotting needs matplotlib: pip install matplotlib") from error
 
+__all__ = [
+    "denominator",
+    "dialect_fan",
+    "effective_learning_rate",
+    "sweep",
+    "trajectory",
+    "update_ratio",
+]
+
 History: TypeAlias = Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
 
 # Okabe and Ito's colours, without the yellow that is lost on white; after all seven come other dashes.

@@ -42,7 +42,7 @@ from rmsprop_jax.equations import (
 from rmsprop_jax.state import SettingsQuery, find_states, replace_states
 from rmsprop_jax.transform import rmsprop
 
-__all__ = ["DIALECTS", "Dialect", "Translation", "translate"]
+__all__ = ["DIALECTS", "Dialect", "Translation", "structure_of", "translate"]
 
 
 class Dialect(NamedTuple):

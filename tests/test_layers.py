@@ -1,6 +1,7 @@
 """The floors of the house: who may import whom, compared with what the source of each room imports."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
@@ -193,6 +194,19 @@ def test_import_loads_no_heavy_library() -> None:
     loaded = set(done.stdout.split())
     assert "rmsprop_jax" in loaded, done.stderr
     assert not loaded & NEVER_LOADED
+
+
+SHARED = {"diagnostics": {"ask", "leaves_after", "leaves_of"}}  # what the rooms above use, and users do not
+PUBLIC = ("transform", "dialects", "translation", "recipes", "diagnostics", "recorder", "summary", "plotting")
+
+
+@pytest.mark.parametrize("room", [*PUBLIC, "checkpoints.torch"])
+def test_public_room_lists_everything_that_it_offers(room: str) -> None:
+    module = importlib.import_module(f"{NAME}.{room}")
+    own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    assert {name for name in own if not name.startswith("_")} <= set(module.__all__) | SHARED.get(room, set())
+    assert all(hasattr(module, name) for name in module.__all__)
+    assert len(set(module.__all__)) == len(module.__all__)
 
 
 def test_front_door_exports_what_it_names() -> None:
