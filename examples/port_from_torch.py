@@ -1,9 +1,9 @@
-"""Stops a PyTorch run half-way, goes on with it in JAX, and hands it back to PyTorch.
+"""Stops a PyTorch run half-way, continues it in JAX, and hands it back to PyTorch.
 
 A convolution and a linear layer learn scikit-learn's handwritten digits with ``torch.optim.RMSprop``, two parameter
 groups (the convolution with momentum, the linear layer centered) and a StepLR. After half of the steps the run is
-saved to a ``.pt`` file. From there it goes on twice, on the same batches: in PyTorch as if nothing had happened, and as
-a Flax model, with :func:`rmsprop_jax.torch_interop.from_torch`. Then :func:`rmsprop_jax.torch_interop.to_torch` takes
+saved to a ``.pt`` file. From there it runs on twice, on the same batches: in PyTorch as if nothing had happened, and as
+a Flax model, with :func:`rmsprop_jax.checkpoints.from_torch`. Then :func:`rmsprop_jax.checkpoints.to_torch` takes
 the Flax run back to PyTorch for one more step. Read from the top down: data, the model twice, the bridge between the
 two, PyTorch, JAX, the way back.
 
@@ -27,7 +27,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from rmsprop_jax.torch_interop import from_torch, to_torch
+from rmsprop_jax.checkpoints import from_torch, to_torch
 
 STEPS = 40  # in PyTorch, and then as many again in both
 STEPS_PER_RATE = 15  # the StepLR then halves the learning rates: twice before the stop, three times after
@@ -145,7 +145,7 @@ class TorchRun:
 
 
 def step_lr(lr: float) -> optax.Schedule:
-    """The StepLR as a function of the step. The step is in the state, so it goes on where it was."""
+    """The StepLR as a function of the step. The step is in the state, so the schedule continues where it was."""
     return optax.exponential_decay(lr, STEPS_PER_RATE, decay_rate=0.5, staircase=True)
 
 

@@ -3,14 +3,23 @@
 import importlib
 from typing import Any
 
-from rmsprop_jax import diagnostics, dialects, recipes, translation
+from rmsprop_jax import checkpoints, diagnostics, dialects, recipes, translation
 from rmsprop_jax.state import RMSPropState
 from rmsprop_jax.transform import rmsprop, scale_by_rmsprop
 
 __version__ = "0.1.0"
-__all__ = ["RMSPropState", "diagnostics", "dialects", "recipes", "rmsprop", "scale_by_rmsprop", "translation"]
+__all__ = [
+    "RMSPropState",
+    "checkpoints",
+    "diagnostics",
+    "dialects",
+    "recipes",
+    "rmsprop",
+    "scale_by_rmsprop",
+    "translation",
+]
 
-_LOADED_WHEN_USED = ("plotting", "torch_interop")  # plotting imports matplotlib
+_LOADED_WHEN_USED = ("plotting",)  # it imports matplotlib
 
 
 def __getattr__(name: str) -> Any:

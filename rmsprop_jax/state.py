@@ -141,20 +141,22 @@ def is_state(x: Any) -> bool:
     return isinstance(x, RMSPropState)
 
 
-def find_states(name: str, opt_state: optax.OptState) -> dict[str, RMSPropState]:
+_GIVE_A_STATE = (
+    "give the state that an optimizer of rmsprop_jax returned (of optax.chain all of it), and restore a checkpoint "
+    "into what init returns"
+)
+
+
+def find_states(name: str, opt_state: optax.OptState, advice: str = _GIVE_A_STATE) -> dict[str, RMSPropState]:
     """Every :class:`RMSPropState` in ``opt_state``, which the message calls ``name``, by its path.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if there is none. The message ends with ``advice``.
     """
     nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
     states = {f"{name}{jax.tree_util.keystr(path)}": node for path, node in nodes if is_state(node)}
     if not states:
-        raise ValueError(
-            f"{name} must contain an RMSPropState, got {type(opt_state).__name__} without one; give the state that "
-            "an optimizer of rmsprop_jax returned (of optax.chain all of it), and restore a checkpoint into what init "
-            "returns"
-        )
+        raise ValueError(f"{name} must contain an RMSPropState, got {type(opt_state).__name__} without one; {advice}")
     return states
 
 
@@ -170,17 +172,19 @@ def replace_states(
 def merge_trees(name: str, trees: Sequence[Any], path: Any = ()) -> Any:
     """One tree out of several, in each of which ``optax.MaskedNode`` stands for what is in another.
 
-    That is how ``optax.partition`` divides the slots of its parts.
+    That is how ``optax.partition`` divides the slots of its parts. ``None`` gives way to what another tree holds.
 
     Raises:
       ValueError: if two trees hold the same leaf, or differ in a container. The message calls the state ``name``.
     """
     trees = [tree for tree in trees if not isinstance(tree, optax.MaskedNode)]
+    nothing = None if trees else optax.MaskedNode()
+    trees = [tree for tree in trees if tree is not None]
     if len(trees) < 2:
-        return trees[0] if trees else optax.MaskedNode()
+        return trees[0] if trees else nothing
     levels = [jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x, tree=tree: x is not tree) for tree in trees]
     children, structures = zip(*levels, strict=True)
-    if jax.tree_util.treedef_is_leaf(structures[0]) or len(set(structures)) > 1:
+    if structures[0] == jax.tree.structure(0) or len(set(structures)) > 1:
         raise ValueError(
             f"{name} has two RMSPropStates that differ in the container or both have the leaf "
             f"{leaf_key(leaf_name(path))}; {ONE_STATE_EACH}"

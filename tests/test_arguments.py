@@ -355,7 +355,7 @@ def test_learning_rate_for_a_checkpoint_is_a_number_or_an_error_by_name(built: l
 
     def rate(lr: Any) -> float:
         built.clear()
-        rmsprop_jax.torch_interop.from_torch(file, ["w"], dict, lr=lr)
+        rmsprop_jax.checkpoints.from_torch(file, ["w"], dict, lr=lr)
         result: float = built[-1][1]["lr"]
         return result
 

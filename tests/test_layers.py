@@ -33,19 +33,26 @@ ROOMS: dict[str, Room] = {
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "lift"}),
     "diagnostics": Room(4, {"state", "arguments"}),
-    "recipes": Room(5, {"arguments", "transform", "dialects"}),
+    "recipes": Room(5, {"state", "arguments", "transform", "dialects"}),
     "translation": Room(5, {"equations", "state", "arguments", "transform", "dialects", "conversion"}),
-    "torch_interop": Room(5, {"state", "arguments", "transform"}),
+    "checkpoints.slots": Room(4, {"state", "arguments"}),
+    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.torch": Room(6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named"}),
+    "checkpoints": Room(7, {"checkpoints.torch"}),
     "plotting": Room(5, {"diagnostics"}),
-    # Loads the last two when they are used: matplotlib is not a dependency.
+    # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
-        6, {"state", "transform", "dialects", "translation", "diagnostics", "recipes", "plotting", "torch_interop"}
+        8, {"state", "transform", "dialects", "translation", "diagnostics", "recipes", "checkpoints", "plotting"}
     ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}
 NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax", "equinox", "optimistix"}
-SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+# A folder is a room, and each file in it another one: checkpoints (its __init__.py), checkpoints.torch.
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
 # --- What a source imports ---------------------------------------------------------------------------------
@@ -68,13 +75,22 @@ def imported(source: str) -> set[str]:
             names |= {f"{module}.{alias.name}" for alias in node.names}
     strings = {node.value for node in _without_docstrings(tree) if isinstance(node, ast.Constant)}
     texts = {value for value in strings if isinstance(value, str)}
-    names |= {text for text in texts if re.fullmatch(rf"({NAME})?\.({'|'.join(ROOMS)})(\.\w+)*", text)}
+    names |= {text for text in texts if re.fullmatch(rf"({NAME})?\.({'|'.join(map(re.escape, ROOMS))})(\.\w+)*", text)}
     if {NAME, f"{NAME}."} & texts:
         names |= {f"{NAME}.{text}" for text in texts if text in ROOMS}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
-            names.add(f"{NAME}.{node.attr}")
+        root, _, rest = _dotted(node).partition(".")
+        if root in aliases and rest:
+            names.add(f"{NAME}.{rest}")
     return names
+
+
+def _dotted(node: ast.AST) -> str:
+    """A name and its attributes as they are written: ``rmsprop_jax.checkpoints.torch``."""
+    if isinstance(node, ast.Attribute):
+        inner = _dotted(node.value)
+        return inner and f"{inner}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _without_docstrings(tree: ast.AST) -> list[ast.AST]:
@@ -96,7 +112,7 @@ def rooms_in(names: set[str]) -> set[str]:
 
 
 WAYS = {
-    "from the package": "from rmsprop_jax import {room}",
+    "from its folder": "from {folder} import {last}",
     "from the room": "from rmsprop_jax.{room} import something",
     "everything": "from rmsprop_jax.{room} import *",
     "the module": "import rmsprop_jax.{room}",
@@ -104,9 +120,9 @@ WAYS = {
     "among others": "import jax, rmsprop_jax.{room}",
     "in a function": "def f():\n    from rmsprop_jax.{room} import something",
     "in a method": "class A:\n    def f(self):\n        import rmsprop_jax.{room}",
-    "under TYPE_CHECKING": "if TYPE_CHECKING:\n    from rmsprop_jax import {room}",
+    "under TYPE_CHECKING": "if TYPE_CHECKING:\n    from {folder} import {last}",
     "relative": "from .{room} import something",
-    "relative to the package": "from . import {room}",
+    "relative to its folder": "from {relative_folder} import {last}",
     "an attribute": "import rmsprop_jax\nrmsprop_jax.{room}.something()",
     "an attribute of another name": "import rmsprop_jax as r\nr.{room}.something()",
     "importlib": "importlib.import_module('rmsprop_jax.{room}')",
@@ -121,7 +137,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_importing_a_room_is_seen(way: str) -> None:
     for room in set(ROOMS) - {FRONT_DOOR}:
-        assert room in rooms_in(imported(WAYS[way].format(room=room))), room
+        inside, _, last = room.rpartition(".")
+        parts = dict(room=room, last=last, folder=f"{NAME}.{inside}".rstrip("."), relative_folder=f".{inside}")
+        assert room in rooms_in(imported(WAYS[way].format(**parts))), room
 
 
 def test_import_of_the_package_is_one_of_the_front_door() -> None:

@@ -1,0 +1,5 @@
+"""Runs of other libraries, in and out: hyperparameters, state and step."""
+
+from rmsprop_jax.checkpoints.torch import from_torch, to_torch
+
+__all__ = ["from_torch", "to_torch"]

@@ -1,0 +1,235 @@
+"""The slots of one parameter: what a file says about them, and whether a state can hold them.
+
+This room knows neither frameworks nor trees. Its last section converts the slot ``square_avg`` of a centered state,
+which is a variance here and an average of squares in other libraries.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rmsprop_jax.arguments import shown
+from rmsprop_jax.state import RMSPropState, is_array
+
+__all__ = [
+    "SLOTS",
+    "Parameter",
+    "average_of_squares",
+    "check_slot",
+    "check_slots",
+    "dtype_of",
+    "largest_count",
+    "shape_and_dtype",
+    "variance",
+]
+
+SLOTS = RMSPropState._fields[1:]  # all fields but the step
+
+
+# --- What a file says about a parameter ----------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """One parameter of a file.
+
+    Attributes:
+      name: what identifies it.
+      group: the number of the group whose hyperparameters it has.
+      shape: of the parameter and of each of its slots.
+      dtype: floating or complex.
+      step: the number of its updates; ``None`` if it never had a gradient.
+      slots: its arrays as :class:`rmsprop_jax.RMSPropState` holds them, by field name.
+    """
+
+    name: str
+    group: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    step: int | None
+    slots: Mapping[str, np.ndarray]
+
+
+def shape_and_dtype(name: str, params: Mapping[str, Any] | None) -> tuple[tuple[int, ...], np.dtype | None] | None:
+    """What ``params`` says about a parameter.
+
+    Args:
+      name: of the parameter.
+      params: ``{name: array or shape}``.
+
+    Returns:
+      Its shape and its dtype, ``None`` where ``params`` holds a shape; or ``None`` if ``params`` has no such name.
+
+    Raises:
+      TypeError: if it is neither an array nor a shape, or if it is neither floating nor complex.
+    """
+    if not isinstance(params, Mapping | None):
+        raise TypeError(f"params must be a dict from names to arrays or shapes, got {type(params).__name__}")
+    if params is None or name not in params:
+        return None
+    value = params[name]
+    try:
+        shape = tuple(operator.index(size) for size in getattr(value, "shape", value))
+        if min(shape, default=0) < 0:
+            raise ValueError("a negative size")
+        dtype = dtype_of(value) if hasattr(value, "dtype") else None
+    except (TypeError, ValueError):
+        raise TypeError(f"params[{name!r}] must be an array or a shape, got {shown(value)}") from None
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"params[{name!r}] must be floating or complex, got {dtype}")
+    return shape, dtype
+
+
+def dtype_of(array: Any) -> np.dtype:
+    """The dtype of an array, or of a tensor whose dtype ends with NumPy's or JAX's name: ``library.bfloat16``."""
+    dtype: np.dtype = jnp.dtype(str(array.dtype).rpartition(".")[2])
+    return dtype
+
+
+# --- May a state hold these numbers? -----------------------------------------------------------------------
+
+
+def check_slot(where: str, slot: str, value: Any) -> None:
+    """Raises unless ``value`` is a floating or complex array without NaN, and not negative in ``square_avg``.
+
+    Args:
+      where: what the message calls the value.
+      slot: the name of a field of the state.
+      value: anything.
+
+    Raises:
+      TypeError: if it is anything but such an array.
+      ValueError: if numbers in it are NaN or negative.
+    """
+    if not (is_array(value) and jnp.issubdtype(value.dtype, jnp.inexact)):
+        raise TypeError(f"{where} must be a floating or complex array, got {getattr(value, 'dtype', shown(value))}")
+    array = np.asarray(value)
+    if np.isnan(array).any():
+        raise ValueError(
+            f"{where} has {np.isnan(array).sum()} NaN among its {array.size} numbers; take a checkpoint from before "
+            "the run diverged"
+        )
+    if slot == "square_avg" and any((part < 0).any() for part in _components(array)):
+        raise ValueError(f"{where} is negative somewhere, but it is an average of squares; look for what wrote it")
+
+
+def check_slots(
+    name: str,
+    slots: Mapping[str, np.ndarray],
+    expected: tuple[tuple[int, ...], np.dtype | None] | None,
+) -> None:
+    """Raises unless a state can hold the slots of a parameter, and they fit each other and what ``params`` says.
+
+    Args:
+      name: of the parameter.
+      slots: arrays by field name, ``square_avg`` among them.
+      expected: what :func:`shape_and_dtype` returned.
+
+    Raises:
+      TypeError: as :func:`check_slot`.
+      ValueError: as :func:`check_slot`; also for numbers that become infinite in the state, and if shapes or kinds
+        (real or complex) differ.
+    """
+    shape, dtype = slots["square_avg"].shape, slots["square_avg"].dtype
+    for slot, array in slots.items():
+        where = f"{slot!r} of {name!r}"
+        check_slot(where, slot, array)
+        with np.errstate(over="ignore"):
+            rounded = array.astype(jnp.result_type(array))
+        if (np.isinf(rounded) & ~np.isinf(array)).any():
+            raise ValueError(f"{where} has numbers that are infinite in {rounded.dtype}; switch jax_enable_x64 on")
+        if array.shape != shape or np.iscomplexobj(array) != np.iscomplexobj(slots["square_avg"]):
+            raise ValueError(
+                f"{where} is {array.dtype} {array.shape}, but its 'square_avg' is {dtype} {shape}; all slots of a "
+                "parameter are like it"
+            )
+    if expected is None:
+        return
+    expected_shape, expected_dtype = expected
+    if expected_shape != shape:
+        raise ValueError(
+            f"the state of {name!r} has shape {shape}, but params[{name!r}] has shape {expected_shape}; give the "
+            "parameters of the same run"
+        )
+    if expected_dtype is not None and (expected_dtype.kind == "c") != (dtype.kind == "c"):
+        raise ValueError(
+            f"the state of {name!r} is {dtype}, but params[{name!r}] is {expected_dtype}; give the parameters of the "
+            "same run"
+        )
+
+
+def largest_count(dtype: np.dtype) -> int:
+    """The number at which a counter of ``dtype`` stops: one more is the same number there, or does not exist."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).max)
+    return int(2 ** (jnp.finfo(dtype).nmant + 1))
+
+
+# --- A centered state: variance here, average of squares elsewhere -------------------------------------------
+
+
+def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
+    """The variance of a gradient, from the averages of its square and of itself.
+
+    ::
+
+        variance ← max(square_avg − grad_avg², 0)
+
+    It is computed in float64, for each component of complex numbers. The difference can be slightly negative by
+    rounding; the nearest variance is 0.
+
+    Args:
+      name: of the parameter.
+      square_avg: any shape, floating or complex.
+      grad_avg: like ``square_avg``.
+
+    Returns:
+      An array in the dtype of ``square_avg``, but at least float32.
+
+    Raises:
+      ValueError: if both are infinite somewhere.
+
+    Example:
+      >>> import numpy as np
+      >>> from rmsprop_jax.checkpoints.slots import variance
+      >>> print(variance("weight", square_avg=np.float32([5.0, 0.25]), grad_avg=np.float32([2.0, 0.5000001])))
+      [1. 0.]
+    """
+    result = _componentwise(lambda v, m: np.maximum(v - m * m, 0), square_avg, grad_avg)
+    if np.isnan(result).any():
+        raise ValueError(
+            f"'square_avg' and 'grad_avg' of {name!r} are both infinite, so that their variance is NaN; take a "
+            "checkpoint from before the run diverged"
+        )
+    return result
+
+
+def average_of_squares(name: str, variance: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`variance`: ``square_avg ← variance + grad_avg²``.
+
+    Raises:
+      ValueError: if a sum of finite numbers is infinite.
+    """
+    result = _componentwise(lambda v, m: v + m * m, variance, grad_avg)
+    if (np.isinf(result) & ~np.isinf(variance) & ~np.isinf(grad_avg)).any():
+        raise ValueError(
+            f"square_avg + grad_avg² of {name!r}, which is the average of squares, is infinite in {result.dtype}; take "
+            "a checkpoint from before the run diverged"
+        )
+    return result
+
+
+def _components(array: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Real and imaginary part of a complex array."""
+    return (array.real, array.imag) if np.iscomplexobj(array) else (array,)
+
+
+def _componentwise(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """``function`` of each component in float64, rounded to the dtype of the first array, but at least float32."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        result = np.empty(arrays[0].shape, np.promote_types(arrays[0].dtype, np.float32))
+        for target, *parts in zip(_components(result), *map(_components, arrays), strict=True):
+            target[...] = function(*(np.asarray(part, np.float64) for part in parts))
+    return result
