@@ -1,9 +1,12 @@
 """The tables in the pages that come from the code: ``python tests/tables.py`` writes them between their markers."""
 
+import ast
 import inspect
+import itertools
 import pathlib
 from collections.abc import Callable
 
+import test_layers
 from rmsprop_jax import recipes, translation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,9 +78,22 @@ def recipe_table() -> str:
     return "\n".join(lines)
 
 
+def floor_table() -> str:
+    """One row for each room, from the highest floor down: what it is, by the first line of its docstring."""
+    lines = ["| floor | room | what it is |", "|---|---|---|"]
+    rooms = sorted(test_layers.ROOMS.items(), key=lambda item: -item[1].floor)
+    for floor, on_it in itertools.groupby(rooms, key=lambda item: item[1].floor):
+        for i, (room, _) in enumerate(on_it):
+            documentation = ast.get_docstring(ast.parse(test_layers.SOURCES[room].read_text()))
+            what = documentation.split("\n\n")[0].replace("\n", " ").replace("``", "`")
+            lines.append(f"| {'' if i else floor} | `{room}` | {what} |")
+    return "\n".join(lines)
+
+
 # The tables of each page, by the name of their markers.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"calls": call_table},
+    "CONTRIBUTING.md": {"floors": floor_table},
     "docs/dialects.md": {"dialects": dialect_table},
     "docs/recipes.md": {"recipes": recipe_table},
 }
