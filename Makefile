@@ -1,5 +1,5 @@
-# Every target starts from a fresh clone if need be, and does nothing twice: stamps inside the environment
-# say what is installed in it, and they are out of date when pyproject.toml is newer.
+# Every target works from a fresh clone and does nothing twice. Stamps inside the environment say what is installed
+# in it. A stamp is out of date when pyproject.toml is newer.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,12 +15,12 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# An environment is made anew if its Python does not run, if an installation in it was cut short, or if it
-# was made for a clone in another place.
+# The environment is rebuilt if its Python does not run, if an installation in it was interrupted, or if it was made
+# for a clone in another place.
 SOUND := $(shell cd $(VENV) 2>/dev/null && test ! -e .installing && test "$$(cat .made)" = "$(CURDIR)" \
 	&& bin/python -c 'import pip' 2>/dev/null && echo yes)
 
-# Twice --quiet leaves pip's errors and nothing else.
+# With two --quiet, pip prints only errors.
 define install
 @touch $(VENV)/.installing
 @$(BIN)/python -m pip install --quiet --quiet $(1)
@@ -38,14 +38,14 @@ help: ## list these targets
 setup: $(VENV)/.torch $(VENV)/.extra-dev $(VENV)/.extra-notebooks ## make .venv with what tests, linters, examples and notebooks need
 	@echo "setup: $(VENV) is ready"
 
-train: $(VENV)/.extra-examples ## train a small network on handwritten digits, into runs/digits
+train: $(VENV)/.extra-examples ## train a small network on handwritten digits, and write to runs/digits
 	@echo "train: writing to $(RUN_DIR)"
 	@$(BIN)/python examples/train_digits.py --output "$(RUN_DIR)" --resume $(TRAIN_ARGS)
 
 port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch to JAX and back, and compare
 	@$(BIN)/python examples/port_from_torch.py
 
-test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, those against PyTorch included
+test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, including those against PyTorch
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest -m "not notebook" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
@@ -55,10 +55,10 @@ portability: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run
 notebooks: $(VENV)/.torch $(VENV)/.extra-jupyter ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab notebooks $(JUPYTER_ARGS)
 
-pictures: $(VENV)/.torch $(VENV)/.extra-notebooks ## run all notebooks in place, and make the README's pictures from them
+pictures: $(VENV)/.torch $(VENV)/.extra-notebooks ## run all notebooks in place, and write the pictures for the pages
 	@$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
-bench: $(VENV)/.torch $(VENV)/.extra-benchmarks ## measure speed and memory against Optax, PyTorch and Keras, into benchmarks/results
+bench: $(VENV)/.torch $(VENV)/.extra-benchmarks ## measure speed and memory against Optax, PyTorch and Keras, and write to benchmarks/results
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.extra-dev ## check style, formatting and types
@@ -69,7 +69,7 @@ lint: $(VENV)/.extra-dev ## check style, formatting and types
 	@echo "lint: mypy"
 	@$(BIN)/mypy
 
-build: $(VENV)/.extra-dev ## make sdist and wheel in dist/, and import the wheel in an empty environment
+build: $(VENV)/.extra-dev ## build sdist and wheel in dist/, and import the wheel in an empty environment
 	@echo "build: making dist/"
 	@rm -rf dist
 	@$(BIN)/python -m build --outdir dist >$(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
@@ -79,7 +79,7 @@ build: $(VENV)/.extra-dev ## make sdist and wheel in dist/, and import the wheel
 	&& "$(CURDIR)/$(BIN)/python" -m venv . && bin/python -m pip install --quiet --quiet "$$wheel" \
 	&& bin/python -I -c 'import rmsprop_jax; print("build:", rmsprop_jax.__name__, rmsprop_jax.__version__, "imports")'
 
-clean: ## remove the environment, build outputs and caches, but not runs/
+clean: ## remove the environment, build outputs and caches, but keep runs/
 	@echo "clean: removing $(VENV), dist, build and caches"
 	@rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +
@@ -90,7 +90,7 @@ $(VENV)/.made: $(if $(SOUND),,FORCE)
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "$(CURDIR)" > $@
 
-# By itself and in exactly this spelling: any range of versions may bring CUDA with it.
+# Installed separately and with exactly this version: a range of versions may bring CUDA with it.
 $(VENV)/.torch: $(VENV)/.made
 	@echo "setup: installing $(TORCH)"
 	$(call install,$(TORCH))

@@ -1,9 +1,14 @@
 """Measures everything, prints the tables and writes ``benchmarks/results/*.json``.
 
-Run: ``python -m benchmarks`` from the project's folder, all parts in about nine minutes; ``python -m benchmarks step
-eager`` for some of them; ``--full`` for every combination and more rounds; ``--report`` to measure nothing and put the
-tables of the last results into ``README.md`` and ``benchmarks/RESULTS.md``, and their pictures beside the results. What
-a step becomes on a TPU or a GPU that is not there, ``python -m benchmarks.compiled`` tells.
+Run it from the project's folder:
+
+- ``python -m benchmarks`` measures all parts, in about nine minutes.
+- ``python -m benchmarks step eager`` measures some of them.
+- ``--full`` measures every combination, in more rounds.
+- ``--report`` measures nothing. It writes the tables of the last results into ``benchmarks/RESULTS.md`` and
+  ``README.md``, and the pictures beside the results.
+
+``python -m benchmarks.compiled`` compiles a step for a TPU or a GPU that need not be there.
 """
 
 import argparse
@@ -46,10 +51,10 @@ def measure(part: str, full: bool) -> None:
 def write_report() -> None:
     for part, backend in report.measured():
         for name, table in report.tables(part, backend).items():
-            for page in report.PAGES:
-                report.write_into(page, name, table)
+            report.write_into(report.PAGE, name, table)
         if part in report.PICTURES:
             report.draw(part, backend)
+    report.write_into(report.README, "three figures", report.three_figures("cpu"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How to compare two programs on a noisy machine: both in one run, in turns, and ratios of neighbours."""
+"""How to compare two programs on a noisy machine: both interleaved in one run, and ratios of neighbors."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""The tables and pictures of the measurements, made from ``results/*.json`` and from nothing else."""
+"""The tables and pictures of the measurements, made from ``results/*.json`` alone."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.measure import RESULTS, load
 
 Row = dict[str, Any]
-PAGES = (RESULTS.parents[1] / "README.md", RESULTS.parent / "RESULTS.md")
+README, PAGE = RESULTS.parents[1] / "README.md", RESULTS.parent / "RESULTS.md"  # three figures, all tables
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -160,6 +160,31 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "centered": {"centered": centered_table},
     "compiled": {"compiled": compiled_table},
 }
+
+
+def three_figures(backend: str) -> str:
+    """What the README shows: one row each about accuracy, a compiled step and a call outside ``jit``."""
+    noise, tree, count = 1e-4, "GPT-2 small", 300
+    centered = row_of("centered", backend, noise=noise)
+    step = row_of("step", backend, tree=tree, variant="plain", dtype="float32")["seconds"]
+    eager = row_of("eager", backend, way="update", variant="plain", arrays=count)["seconds"]
+    names = {"ours": "`rmsprop_jax`", "torch": "`torch.optim.RMSprop`", "optax": "`optax.rmsprop`"}
+    return markdown(
+        [load("step", backend)["environment"]["device"], *names.values()],
+        [
+            [f"coordinates with a NaN update, centered, noise/mean {noise:g}"]
+            + [f"{centered[name]['nan']:.0%}" for name in names],
+            [f"a compiled step of {tree}"] + [f"{milliseconds(step[name])} ms" for name in names],
+            [f"an update of {count} arrays outside `jit`"]
+            + [f"{milliseconds(eager[name])} ms" if name in eager else "–" for name in names],
+        ],
+    )
+
+
+def row_of(part: str, backend: str, **chosen: Any) -> Row:
+    """The row of a part that has the values ``chosen``."""
+    (row,) = (row for row in load(part, backend)["rows"] if chosen.items() <= row.items())
+    return row
 
 
 def measured() -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""Executes notebooks in place, each in a clean kernel, and keeps the pictures that the README shows.
+"""Executes notebooks in place, each in a clean kernel, and keeps the pictures that the pages show.
 
-``python notebooks/execute.py`` runs all of them, ``python notebooks/execute.py 02 04`` those whose names start so. The
-picture of a cell with the tag ``picture:NAME`` is written to ``notebooks/pictures/NAME.png``.
+``python notebooks/execute.py`` runs all of them, ``python notebooks/execute.py 02 04`` those whose names start with 02
+or 04. It writes the picture of a cell with the tag ``picture:NAME`` to ``notebooks/pictures/NAME.png``.
 """
 
 import base64

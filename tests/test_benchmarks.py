@@ -9,13 +9,12 @@ import pytest
 
 from benchmarks import eager, measure, peers, report, step, tracing, trees
 
-PAGES = "\n".join(page.read_text() for page in report.PAGES)
-
 
 @pytest.mark.parametrize(("part", "backend"), report.measured())
 def test_tables_are_those_of_the_results(part: str, backend: str) -> None:
+    page = report.PAGE.read_text()
     for name, table in report.tables(part, backend).items():
-        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in PAGES, "run: python -m benchmarks --report"
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page, "run: python -m benchmarks --report"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +24,13 @@ def test_tables_are_those_of_the_results(part: str, backend: str) -> None:
 def test_trees_have_the_published_size(name: str, arrays: int, parameters: int) -> None:
     assert len(trees.TREES[name]) == arrays
     assert trees.parameters(trees.TREES[name]) == parameters
+
+
+def test_readme_shows_three_figures_of_the_results() -> None:
+    table = report.three_figures("cpu")
+    assert f"<!-- three figures -->\n{table}\n<!-- /three figures -->" in report.README.read_text(), (
+        "run: python -m benchmarks --report"
+    )
 
 
 def test_ratio_is_of_neighbours_in_time() -> None:

@@ -95,8 +95,7 @@ def test_every_picture_comes_from_a_notebook() -> None:
     assert {path.name for path in execute.PICTURES.iterdir()} == made
 
 
-def test_readme_shows_every_picture() -> None:
-    readme = (execute.NOTEBOOKS.parent / "README.md").read_text()
-    assert [
-        path.name for path in execute.PICTURES.iterdir() if f"](notebooks/pictures/{path.name})" not in readme
-    ] == []
+def test_pages_show_every_picture() -> None:
+    root = execute.NOTEBOOKS.parent
+    pages = "".join(page.read_text() for page in (root / "README.md", *(root / "docs").glob("*.md")))
+    assert [path.name for path in execute.PICTURES.iterdir() if f"notebooks/pictures/{path.name})" not in pages] == []

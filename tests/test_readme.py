@@ -1,4 +1,4 @@
-"""What the README says is run."""
+"""What the README and the pages in ``docs`` say is run: their code, tables and links."""
 
 import inspect
 import pathlib
@@ -11,32 +11,42 @@ import numpy as np
 import optax
 import pytest
 
-import readme_tables
+import tables
 from rmsprop_jax import rmsprop
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TEN_LINES, SIDE_BY_SIDE, TRANSLATION, CHECKPOINT = re.findall(
+    r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE
+)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS, *sorted((ROOT / "benchmarks").glob("*.md"))]
+# A block, and what it prints if a block of text follows at once.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+
+# --- The README --------------------------------------------------------------------------------------------
+
+
+def test_readme_has_at_most_900_words() -> None:
+    assert len(README.split()) <= 900
 
 
 def test_first_block_prints_what_its_last_comment_says(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(BLOCKS[0], {})
-    assert capsys.readouterr().out.strip() == BLOCKS[0].rsplit("#", 1)[1].strip()
-
-
-def test_tables_are_those_of_the_code() -> None:
-    assert readme_tables.with_tables(README) == README, "run: python tests/readme_tables.py"
+    exec(TEN_LINES, {})
+    assert capsys.readouterr().out.strip() == TEN_LINES.rsplit("#", 1)[1].strip()
 
 
 def test_translation_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {}
-    exec(BLOCKS[1], scope)
+    exec(TRANSLATION, scope)
     assert "torch(lr=0.016, alpha=0.9, eps=0.0316228," in capsys.readouterr().out
     assert scope["optimizer"].init(jnp.ones(2)).momentum_buffer is not None
 
 
 def test_ported_program_runs() -> None:
     """The right half of the side-by-side, at the column where it starts."""
-    lines = BLOCKS[2].splitlines()
+    lines = SIDE_BY_SIDE.splitlines()
     column = lines[0].index("# JAX")
     program = "\n".join(line[column:] for line in lines[1:])
     params = {"w": jnp.ones(3)}
@@ -47,7 +57,7 @@ def test_ported_program_runs() -> None:
 
 
 def test_side_by_side_passes_torch_the_same_arguments() -> None:
-    arguments = re.findall(r"(\w+)=([\w.-]+)", BLOCKS[2])
+    arguments = re.findall(r"(\w+)=([\w.-]+)", SIDE_BY_SIDE)
     left_and_right: dict[str, set[str]] = {}
     for name, value in arguments:
         left_and_right.setdefault(name, set()).add(value)
@@ -65,19 +75,37 @@ def test_checkpoint_block_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "checkpoint.pt")
     scope: dict[str, Any] = {"torch": torch, "jax": jax, "jnp": jnp, "names": ["weight", "bias"]}
     scope["to_params"] = lambda named: {"kernel": named["weight"].T, "bias": named["bias"]}
-    exec(BLOCKS[3], scope)
+    exec(CHECKPOINT, scope)
     assert scope["state"].step == 1
     updates, _ = scope["optimizer"].update(scope["params"], scope["state"], scope["params"])
     assert updates["kernel"].shape == (3, 2)
 
 
-def test_every_python_block_is_tested_here() -> None:
-    assert len(BLOCKS) == 4
+# --- The pages in docs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_blocks_run_from_top_to_bottom_and_print_what_follows(
+    page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = BLOCK.findall(page.read_text())
+    assert len(blocks) == page.read_text().count("```python")
+    code = "".join(block for block, _ in blocks)
+    for library, used in {"torch": "torch.", "matplotlib": "plotting."}.items():
+        if used in code:
+            pytest.importorskip(library)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for block, prints in blocks:
+        exec(block, scope)
+        assert capsys.readouterr().out == prints
 
 
 def test_inject_hyperparams_advice_is_right() -> None:
+    advice = (ROOT / "docs" / "pytorch.md").read_text()
     names = inspect.signature(rmsprop).parameters
-    for advised in re.search(r"static_args=\(([^)]*)\)", README)[1].replace('"', "").split(", "):
+    for advised in re.search(r"static_args=\(([^)]*)\)", advice)[1].replace('"', "").split(", "):
         assert advised in names
     tx = optax.inject_hyperparams(rmsprop, ("weight_decay_mask", "accumulator_dtype"), jnp.float32)(
         alpha=0.999, weight_decay=0.1, weight_decay_mask=lambda params: True, accumulator_dtype=jnp.float32
@@ -87,7 +115,31 @@ def test_inject_hyperparams_advice_is_right() -> None:
     tx.update(jnp.ones(2, jnp.bfloat16), state, jnp.ones(2, jnp.bfloat16))
 
 
-def test_linked_files_exist() -> None:
-    root = pathlib.Path(__file__).parents[1]
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+# --- All pages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_those_of_the_code(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert tables.with_tables(page, text) == text, "run: python tests/tables.py"
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """What a link may have after its #: the headings, as GitHub spells them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_linked_files_and_headings_exist(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_readme_links_every_page() -> None:
+    assert [page.name for page in DOCS if f"](docs/{page.name})" not in README] == []

@@ -1,15 +1,17 @@
-"""The README's tables, made from the code: ``python tests/readme_tables.py`` writes them between their markers."""
+"""The tables in the pages that come from the code: ``python tests/tables.py`` writes them between their markers."""
 
+import ast
 import inspect
+import itertools
 import pathlib
 from collections.abc import Callable
 
+import test_layers
 from rmsprop_jax import recipes, translation
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
 
-
-# What only this project has, whatever the source.
+# The arguments of a dialect that its source does not have.
 OURS = ("weight_decay_mask", "accumulator_dtype")
 
 
@@ -19,8 +21,24 @@ def signature(function: Callable[..., object], left_out: tuple[str, ...] = ()) -
     return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters)
 
 
+def framework_of(row: translation.Dialect) -> str:
+    """The source of a dialect: a class as code, a paper or a program as text."""
+    return f"`{row.framework}`" if "." in row.framework and " " not in row.framework else row.framework
+
+
+def call_of(name: str) -> str:
+    """Our function for a dialect."""
+    return "rmsprop" if name == "torch" else f"dialects.{name}"
+
+
+def call_table() -> str:
+    """One row for each framework: our function for it."""
+    lines = [f"| {framework_of(row)} | `{call_of(name)}` |" for name, row in translation.DIALECTS.items()]
+    return "\n".join(["| your run is in | in JAX |", "|---|---|", *lines])
+
+
 def dialect_table() -> str:
-    """One row for each framework: where it differs, and our call with its arguments."""
+    """One row for each framework: what it does, and our call with its arguments."""
     lines = [
         "| your run is in | average starts from | denominator | learning rate | weight decay | in JAX |",
         "|---|---|---|---|---|---|",
@@ -40,12 +58,10 @@ def dialect_table() -> str:
             place = "after the averaged steps"
         if "momentum" not in row.names:
             place = "no momentum"
-        framework = row.framework if " " in row.framework or "." not in row.framework else f"`{row.framework}`"
         decay = {True: "decoupled", False: "L2"}.get(says["decoupled_decay"], f"L2, or {says['decoupled_decay']}")
-        call = "rmsprop" if name == "torch" else f"dialects.{name}"
         lines.append(
-            f"| {framework} | {start} | {inside} | {place} "
-            f"| {decay if 'weight_decay' in row.names else 'none'} | `{call}({signature(row.build, OURS)})` |"
+            f"| {framework_of(row)} | {start} | {inside} | {place} "
+            f"| {decay if 'weight_decay' in row.names else 'none'} | `{call_of(name)}({signature(row.build, OURS)})` |"
         )
     return "\n".join(lines)
 
@@ -62,12 +78,30 @@ def recipe_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"dialects": dialect_table, "recipes": recipe_table}
+def floor_table() -> str:
+    """One row for each room, from the highest floor down: what it is, by the first line of its docstring."""
+    lines = ["| floor | room | what it is |", "|---|---|---|"]
+    rooms = sorted(test_layers.ROOMS.items(), key=lambda item: -item[1].floor)
+    for floor, on_it in itertools.groupby(rooms, key=lambda item: item[1].floor):
+        for i, (room, _) in enumerate(on_it):
+            documentation = ast.get_docstring(ast.parse(test_layers.SOURCES[room].read_text()))
+            what = documentation.split("\n\n")[0].replace("\n", " ").replace("``", "`")
+            lines.append(f"| {'' if i else floor} | `{room}` | {what} |")
+    return "\n".join(lines)
 
 
-def with_tables(text: str) -> str:
-    """``text`` with every table between its markers made anew."""
-    for name, table in TABLES.items():
+# The tables of each page, by the name of their markers.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"calls": call_table},
+    "CONTRIBUTING.md": {"floors": floor_table},
+    "docs/dialects.md": {"dialects": dialect_table},
+    "docs/recipes.md": {"recipes": recipe_table},
+}
+
+
+def with_tables(page: str, text: str) -> str:
+    """``text`` of a page, with a new table between each pair of markers."""
+    for name, table in PAGES[page].items():
         before, rest = text.split(f"<!-- {name} -->\n")
         after = rest.split(f"\n<!-- /{name} -->")[1]
         text = f"{before}<!-- {name} -->\n{table()}\n<!-- /{name} -->{after}"
@@ -75,4 +109,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(with_tables(page, (ROOT / page).read_text()))
