@@ -214,23 +214,23 @@ def write_into(page: pathlib.Path, name: str, text: str) -> None:
 
 # --- Pictures --------------------------------------------------------------------------------------------
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # two colours that everybody can tell apart
-COLOURS = {"ours": BLUE, "optax": ORANGE}
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#777777"  # two colors that everybody can tell apart
+COLORS = {"ours": BLUE, "optax": ORANGE}
 LABELS = {"ours": "rmsprop_jax", "optax": "optax.rmsprop"}
 DASHES = {"plain": "-", "centered + momentum": "--"}
 
 
 def curves(ax: Axes, rows: list[Row], seconds: Callable[[Row, str], float], label: str) -> None:
-    """Seconds over the number of arrays, a line for each optimizer and variant, labelled at its end."""
+    """Seconds over the number of arrays, a line for each optimizer and variant, labeled at its end."""
     for variant, dashes in DASHES.items():
         chosen = [row for row in rows if row["variant"] == variant]
         counts = [row["arrays"] for row in chosen]
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             values = [seconds(row, name) for row in chosen]
-            ax.loglog(counts, values, dashes, color=colour, marker="o", markersize=3)
+            ax.loglog(counts, values, dashes, color=color, marker="o", markersize=3)
             ax.annotate(
                 f"{LABELS[name]}, {variant}", (counts[-1], values[-1]), (5, 0), textcoords="offset points",
-                color=colour, va="center", fontsize=8,
+                color=color, va="center", fontsize=8,
             )  # fmt: skip
     ax.set_xlabel("arrays of 256 elements")
     ax.set_ylabel(label)
@@ -251,13 +251,13 @@ def step_picture(ax: Axes, rows: list[Row]) -> None:
     chosen = [row for row in rows if row["variant"] == "plain" and row["dtype"] == "float32"]
     chosen.sort(key=lambda row: (row["parameters"], row["arrays"]))
     looks = {
-        "copy": (GREY, "|", "copy in place"),
+        "copy": (GRAY, "|", "copy in place"),
         "ours": (BLUE, "o", "rmsprop_jax"),
         "torch": (ORANGE, "s", "torch.optim.RMSprop"),
     }
     places = range(len(chosen))
-    for name, (colour, marker, label) in looks.items():
-        ax.plot([1e3 * row["seconds"][name] for row in chosen], places, marker, color=colour, label=label)
+    for name, (color, marker, label) in looks.items():
+        ax.plot([1e3 * row["seconds"][name] for row in chosen], places, marker, color=color, label=label)
     ax.set_yticks(
         places, [f"{row['tree']}\n{row['parameters']:,} in {row['arrays']:,} arrays" for row in chosen], fontsize=8
     )

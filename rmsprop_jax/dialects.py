@@ -330,7 +330,7 @@ def dqn(
         update ← −learning_rate · g / √(v − m² + min_squared_gradient)
 
     The paper's table has a "gradient momentum" of 0.95 beside the "squared gradient momentum" of 0.95: the decay
-    of m, which the code makes one number with that of v. It is no momentum of the steps. ``square_avg`` holds
+    of m, which the code makes one number with that of v. It is not a momentum of the steps. ``square_avg`` holds
     v − m², and ``grad_avg`` m.
 
     Args:

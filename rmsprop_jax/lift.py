@@ -160,12 +160,12 @@ def _update_tree(
         return [None] * len(gradients) if tree is None else flatten_like(name, tree, updates, structure)
 
     slots = {name: column(f"state.{name}", getattr(state, name)) for name in Leaf._fields[2:]}
-    beside = None if params is None else column("params", params)
+    likes = None if params is None else column("params", params)
     kept = {name: slots[name] for name, is_kept in algorithm.slots().items() if is_kept}
-    check_leaves(updates, gradients, beside, kept, algorithm.accumulator_dtype)
+    check_leaves(updates, gradients, likes, kept, algorithm.accumulator_dtype)
     decayed = column("params", _where(decays, params) if algorithm.decays() else None)
     leaves = [Leaf(*row) for row in zip(gradients, decayed, *slots.values(), strict=True)]
-    for i, like in enumerate(slots["square_avg"] if beside is None else beside):
+    for i, like in enumerate(slots["square_avg"] if likes is None else likes):
         if gradients[i] is None:
             leaves[i] = leaves[i]._replace(update=_no_update(leaves[i].square_avg, like))
     for batch in _batches(leaves, [i for i, g in enumerate(gradients) if g is not None]):
@@ -268,7 +268,7 @@ def _written_after(square_avg: jax.Array, x: jax.Array, also: jax.Array | None =
 
 
 def _at_step(algorithm: Algorithm, numbers: Numbers, step: jax.Array) -> dict[str, Any]:
-    """What the equations take: schedules are read, and 1 minus a smoothing constant is beside it."""
+    """The numbers that the equations take, with schedules read and 1 minus each smoothing constant."""
     taken = algorithm.numbers()
     now = {name: _read(name, x, step) for name, x in numbers.items() if name in taken}
     return now | {one_minus: _one_minus(now[name]) for name, one_minus in _COMPLEMENTS.items() if one_minus in taken}

@@ -18,7 +18,7 @@ With ``ax`` pyplot is not touched; names stand to the right of or below the axes
 ``layout="constrained"`` finds the room. No call changes ``rcParams`` or the backend.
 
 What is not finite is shown: a curve that stops being finite ends in a cross, a cell of a sweep is hatched. The
-colours are those of Okabe and Ito, and cividis, which are told apart by every kind of eye.
+colors are those of Okabe and Ito, and cividis, which are told apart by every kind of eye.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,17 +53,17 @@ __all__ = [
 
 History: TypeAlias = Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
 
-# Okabe and Ito's colours, without the yellow that is lost on white; after all seven come other dashes.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's colors, without the yellow that is lost on white; after all seven come other dashes.
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
-_GREY = "#767676"
+_GRAY = "#767676"
 _LINE_HEIGHT = 1.25  # of text, in units of its size
-_ALARM = _COLOURS[2]
+_ALARM = _COLORS[2]
 
 _HATCHED: dict[str, Any] = {"facecolor": "0.92", "edgecolor": "0.7", "hatch": "////"}
 
 _RULE_OF_THUMB = 1e-3
-_RULE_STYLE: dict[str, Any] = {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
+_RULE_STYLE: dict[str, Any] = {"color": _GRAY, "linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
 _RATIO = "rms(update) / rms(parameter)"
 
 
@@ -105,9 +105,9 @@ def effective_learning_rate(
     ax = _axes(ax)
     ax.set(title=leaf, xlabel=x_label, ylabel="effective learning rate, lr / denominator", yscale="log")
     is_band = np.isfinite(low) & np.isfinite(high) & (low > 0)
-    ax.fill_between(x, low, high, where=is_band, color=_COLOURS[1], alpha=0.15, linewidth=0)
+    ax.fill_between(x, low, high, where=is_band, color=_COLORS[1], alpha=0.15, linewidth=0)
     curves = (("5 %", low, 0.8), ("median", median, 2.0), ("95 %", high, 0.8))
-    _name_ends(ax, [_draw_curve(ax, name, x, y, color=_COLOURS[1], linewidth=width) for name, y, width in curves])
+    _name_ends(ax, [_draw_curve(ax, name, x, y, color=_COLORS[1], linewidth=width) for name, y, width in curves])
     return ax
 
 
@@ -164,7 +164,7 @@ def update_ratio(
     ax.set(xlabel=x_label, ylabel=_RATIO, yscale="log")
     ends = [_draw_curve(ax, leaf, x, ratio, **_style(i)) for i, (leaf, ratio) in enumerate(ratios.items())]
     ax.axhline(_RULE_OF_THUMB, **_RULE_STYLE)
-    _name_ends(ax, [*ends, _End("1e-3", _GREY, (x[-1], _RULE_OF_THUMB))])
+    _name_ends(ax, [*ends, _End("1e-3", _GRAY, (x[-1], _RULE_OF_THUMB))])
     return ax
 
 
@@ -177,10 +177,10 @@ def _ratio_rows(ratios: Mapping[str, float], ax: Axes | None) -> Axes:
     ax.grid(axis="y", color="0.9")
     ax.axvline(_RULE_OF_THUMB, **_RULE_STYLE)
     above = ("data", "axes fraction")
-    ax.annotate("1e-3", (_RULE_OF_THUMB, 1), (0, 3), above, "offset points", color=_GREY, ha="center")
+    ax.annotate("1e-3", (_RULE_OF_THUMB, 1), (0, 3), above, "offset points", color=_GRAY, ha="center")
     for row, ratio in enumerate(ratios.values()):
         if np.isfinite(ratio) and ratio > 0:
-            ax.plot(ratio, row, "o", color=_COLOURS[1])
+            ax.plot(ratio, row, "o", color=_COLORS[1])
         else:
             beside = ("axes fraction", "data")
             ax.annotate(f"{ratio:g}", (1, row), (5, 0), beside, "offset points", color=_ALARM, va="center")
@@ -236,7 +236,7 @@ def denominator(
     ax = _axes(ax)
     ax.set_xscale("log")
     edges = _histogram_edges(np.append(shown, mark))
-    ax.stairs(np.histogram(shown, edges)[0] * (100 / values.size), edges, fill=True, color=_COLOURS[1])
+    ax.stairs(np.histogram(shown, edges)[0] * (100 / values.size), edges, fill=True, color=_COLORS[1])
     ax.set_ylim(0, 1.35 * ax.dataLim.y1 or 1)  # room for the text
     text = []
     if mark > 0:
@@ -362,7 +362,7 @@ def _losses(loss: Callable[[jax.Array], ArrayLike], x: np.ndarray, y: np.ndarray
 
 
 def _draw_contours(ax: Axes, x: np.ndarray, y: np.ndarray, losses: np.ma.MaskedArray) -> None:
-    """In greys, so that the colours are left for the paths."""
+    """In gray, so that the colors are left for the paths."""
     finite = losses.compressed()
     if _scale(finite) == "log":
         # From a quantile on, since at a minimum of 0 the logarithm goes down for ever.
@@ -463,7 +463,7 @@ def sweep(
       ax: where to draw; ``None`` makes a new figure.
 
     Returns:
-      The Axes; an axis is logarithmic where its hyperparameter is positive and spans decades. So are the colours; they
+      The Axes; an axis is logarithmic where its hyperparameter is positive and spans decades. So are the colors; they
       then reach three decades from the best result, and what is worse has the last of them.
 
     Raises:
@@ -492,9 +492,9 @@ def sweep(
     handles = []
     if cells.count():
         row, column = np.unravel_index(cells.argmax() if maximize else cells.argmin(), cells.shape)
-        norm, extend = _colours(cells.compressed(), cells[row, column])
-        colour_map = "cividis" if maximize else "cividis_r"  # the best is the brightest
-        mesh = ax.pcolormesh(x_edges, y_edges, cells, norm=norm, cmap=colour_map)
+        norm, extend = _colors(cells.compressed(), cells[row, column])
+        color_map = "cividis" if maximize else "cividis_r"  # the best is the brightest
+        mesh = ax.pcolormesh(x_edges, y_edges, cells, norm=norm, cmap=color_map)
         ax.figure.colorbar(mesh, ax=ax, label=value_label, extend=extend)
         best = f"{cells[row, column]:.3g} at {x_label} = {x[column]:.3g}, {y_label} = {y[row]:.3g}"
         (left, right), (bottom, top) = x_edges[column : column + 2], y_edges[row : row + 2]
@@ -509,20 +509,20 @@ def sweep(
     return ax
 
 
-def _colours(values: np.ndarray, best: float) -> tuple[Normalize, str]:
-    """How values become colours, and at which end of the colours there are values beyond."""
+def _colors(values: np.ndarray, best: float) -> tuple[Normalize, str]:
+    """How values become colors, and at which end of the colors there are values beyond."""
     low, high = values.min(), values.max()
     if _scale(values) == "linear" or best == 0:
         return Normalize(low, high), "neither"
-    # Runs that went astray may be decades from all others, for which no colours would be left.
+    # Runs that went astray may be decades from all others, for which no colors would be left.
     shown = max(low, best / 1e3), min(high, best * 1e3)
     return LogNorm(*shown, clip=True), "max" if shown[1] < high else "min" if low < shown[0] else "neither"
 
 
-def _cell_edges(centres: np.ndarray) -> tuple[np.ndarray, str]:
-    """Where the cells around ``centres`` meet, half-way as one sees it, and the scale of their axis."""
-    scale = _scale(centres) if centres[0] > 0 else "linear"
-    places = np.log(centres) if scale == "log" else centres
+def _cell_edges(centers: np.ndarray) -> tuple[np.ndarray, str]:
+    """Where the cells around ``centers`` meet, half-way as one sees it, and the scale of their axis."""
+    scale = _scale(centers) if centers[0] > 0 else "linear"
+    places = np.log(centers) if scale == "log" else centers
     half = np.diff(places) / 2 if len(places) > 1 else np.array([0.5])
     edges = np.concatenate([places[:1] - half[:1], places[:-1] + half[: len(places) - 1], places[-1:] + half[-1:]])
     return (np.exp(edges) if scale == "log" else edges), scale
@@ -535,7 +535,7 @@ class _End(NamedTuple):
     """Where a curve ends, and what to write there; no place if nothing of it can be seen."""
 
     name: str
-    colour: str
+    color: str
     place: tuple[float, float] | None
 
 
@@ -558,7 +558,7 @@ def _draw_curve(ax: Axes, name: str, x: np.ndarray, values: np.ndarray, **style:
 
 
 def _style(i: int) -> dict[str, Any]:
-    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i // len(_COLOURS)]}
+    return {"color": _COLORS[i % len(_COLORS)], "linestyle": _DASHES[i // len(_COLORS)]}
 
 
 def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
@@ -569,7 +569,7 @@ def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
     line_height = _LINE_HEIGHT * plt.rcParams["font.size"] * ax.figure.dpi / 72 / ax.bbox.height
     heights = np.array([line_height * len(end.name.splitlines()) for end in ends])
     for end, height in zip(ends, _spread(ax.transAxes.inverted().transform(points)[:, 1], heights), strict=True):
-        line = dict(arrowstyle="-", color=end.colour, linewidth=0.8, shrinkA=1, shrinkB=0, relpos=(0, 0.5))
+        line = dict(arrowstyle="-", color=end.color, linewidth=0.8, shrinkA=1, shrinkB=0, relpos=(0, 0.5))
         ax.annotate(
             end.name,
             end.place or (1, 0),
@@ -578,18 +578,18 @@ def _name_ends(ax: Axes, ends: Sequence[_End]) -> None:
             "axes fraction",
             line if end.place else None,
             annotation_clip=True,  # names nothing that was moved out of the picture
-            color=_darker(end.colour),
+            color=_darker(end.color),
             va="center",
         )
 
 
-def _darker(colour: str) -> tuple[float, ...]:
-    """``colour`` as it is for letters, which are thinner than lines."""
-    return tuple(0.75 * part for part in to_rgb(colour))
+def _darker(color: str) -> tuple[float, ...]:
+    """``color`` as it is for letters, which are thinner than lines."""
+    return tuple(0.75 * part for part in to_rgb(color))
 
 
 def _spread(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The centres in [0, 1] that are nearest to ``places``, in least squares, without overlaps and in their order.
+    """The centers in [0, 1] that are nearest to ``places``, in least squares, without overlaps and in their order.
 
     Stacked without gaps, the labels would stand at ``stacked``; how far each must rise from there may only increase
     from the lowest label to the highest. That is an isotonic regression, here by its min-max formula.
@@ -734,7 +734,7 @@ def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _check_count(name: str, value: Sequence[Any] | Mapping[str, Any], advice: str) -> None:
-    most = len(_COLOURS) * len(_DASHES)
+    most = len(_COLORS) * len(_DASHES)
     if len(value) > most:
         raise ValueError(f"{name} must be at most {most} to be told apart, got {len(value)}; {advice}")
 

@@ -120,7 +120,7 @@ def arithmetic_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def slot_dtype(param_dtype: np.dtype, accumulator_dtype: np.dtype | None) -> np.dtype:
-    """The dtype in which the slots of a parameter rest."""
+    """The dtype in which the slots of a parameter are stored."""
     dtype = arithmetic_dtype(param_dtype) if accumulator_dtype is None else accumulator_dtype
     if kind(param_dtype) is complex:
         dtype = jnp.dtype(jnp.complex128 if arithmetic_dtype(dtype) == jnp.float64 else jnp.complex64)

@@ -65,20 +65,20 @@ def scale_by_rmsprop(
     The update points along the gradient, as every Optax scaling does; :func:`rmsprop` adds the sign and the
     learning rate.
 
-    Every numeric argument but ``initial_scale`` is a number, a scalar array (a tracer included) or a schedule, a
-    function from the number of updates so far to one of the two: 0 for the first update, like torch's
-    ``scheduler.step()`` after ``optimizer.step()``. Numbers are used in float32 at least, never rounded to the dtype of
-    a half-precision parameter. A transformation built with other numbers finds the same compiled program, unless
-    momentum goes from 0 to something or back. (Inside your own ``jit`` a Python number is a constant;
+    Every numeric argument except ``initial_scale`` is a number, a scalar array (possibly traced) or a schedule. A
+    schedule is a function of the number of updates so far, which is 0 for the first update, like torch's
+    ``scheduler.step()`` after ``optimizer.step()``. Numbers are used in float32 at least and never rounded to the dtype
+    of a half-precision parameter. A transformation built with other numbers reuses the compiled program, unless
+    momentum becomes or stops being 0. (Inside your own ``jit`` a Python number is a constant.
     ``optax.inject_hyperparams`` makes it data.)
 
     Args:
       alpha: smoothing constant, 0 ≤ alpha < 1, without unit. An array must be float32 at least: in bfloat16, 0.999
         is 1.
-      eps: added to the denominator, in the unit of the gradient (of its square if ``eps_in_sqrt``): 0, or at least
-        1.18e-38, since XLA takes smaller numbers for 0 in float32.
-      momentum: decay of the momentum buffer, ≥ 0. The number 0 means that there is no buffer: no memory,
-        no work. An array or a schedule always has one, whatever its value, so that structure never depends on data.
+      eps: added to the denominator, in the unit of the gradient (of its square if ``eps_in_sqrt``). It is 0 or at least
+        1.18e-38, because XLA treats smaller numbers as 0 in float32.
+      momentum: decay of the momentum buffer, ≥ 0. The number 0 means no buffer, no memory and no work. An array or a
+        schedule always has a buffer, whatever its value, so that structure never depends on data.
       centered: divide by the standard deviation of the gradient instead of its root mean square.
       eps_in_sqrt: add ``eps`` under the root, as TensorFlow and Keras do.
       initial_scale: what ``square_avg`` starts from, ≥ 0, in the unit of g²: 0 in torch, 1 in TensorFlow.
@@ -86,25 +86,23 @@ def scale_by_rmsprop(
         from 0, would hold v. ``initial_scale`` must then be 0. The correction counts all updates, including those in
         which an array had no gradient. If alpha is a schedule, the weight of the new g² is (1 − alpha)/(1 − alphaᵗ)
         with the current alpha.
-      accumulator_dtype: a real floating dtype in which the state rests; complex parameters get the complex
-        dtype that goes with it. The arithmetic runs in that dtype, or in float32 if it is narrower. ``None``
-        is the dtype of the parameter, but float32 at least: in bfloat16 an average with alpha = 0.999 stops
-        growing half-way and never decays, and in float16 the default eps is 0. (torch and Optax keep the
-        dtype of the parameter.)
+      accumulator_dtype: a real floating dtype in which the state is stored. Complex parameters get the matching
+        complex dtype. The arithmetic runs in that dtype, or in float32 if it is narrower. ``None`` is the dtype of the
+        parameter, but float32 at least: in bfloat16 an average with alpha = 0.999 stops growing halfway and never
+        decays, and in float16 the default eps is 0. (torch and Optax keep the dtype of the parameter.)
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`. ``update`` returns
-      updates in the dtype of the gradients. It ignores keyword arguments that it does not know. Called outside
-      ``jit`` it is one compiled program for the whole tree, whose arrays then have to be on one device or mesh.
+      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`rmsprop_jax.RMSPropState`. ``update``
+      returns updates in the dtype of the gradients and ignores unknown keyword arguments. Outside ``jit`` it runs one
+      compiled program for the whole tree, so all arrays must be on one device or mesh.
 
-      A zero gradient gives a zero update, and derivatives through it are finite, as long as eps > 0. A
-      ``None`` gradient leaves its parameter alone: unchanged state, zero update (in the dtype of the parameter, or
-      of its state if ``update`` is not given ``params``). Leaves that are neither arrays nor floats (flags,
-      functions, random keys) have no slots, and their update is ``None``; so a whole Equinox model can be
-      ``params``. Infinite and NaN gradients
-      reach the state and the update, as in torch; ``optax.apply_if_finite`` keeps them out. Complex arrays
-      are two real ones, as in torch (``view_as_real``); note that ``jax.grad`` returns the conjugate of
-      the gradient that torch returns.
+      A zero gradient gives a zero update, and derivatives through it are finite, as long as eps > 0. A ``None``
+      gradient leaves its parameter alone: the state stays, and the update is zero (in the dtype of the parameter, or of
+      its state if ``update`` gets no ``params``). Leaves that are neither arrays nor floats (flags, functions, random
+      keys) have no slots, and their update is ``None``, so a whole Equinox model can be ``params``. Infinite and NaN
+      gradients reach the state and the update, as in torch; ``optax.apply_if_finite`` keeps them out. A complex array
+      counts as two real ones, as in torch (``view_as_real``). Note that ``jax.grad`` returns the conjugate of the
+      gradient that torch returns.
 
     Raises:
       ValueError: when built, if a number is NaN or out of range, an array is not a scalar, or
@@ -169,30 +167,30 @@ def rmsprop(
         step   ← scale_by_rmsprop(alpha, eps, momentum, centered)(g)
         update ← −lr · step                           which optax.apply_updates adds to p
 
-    and all of it in one precision, rounded to the dtype of the gradient at the end only.
+    All of it runs in one precision and is rounded to the dtype of the gradient only at the end.
 
-    The learning rate never enters the momentum buffer: after it changes, the whole buffer is applied at the
-    new rate, as in torch. See :func:`scale_by_rmsprop` for the scaling itself, for half precision, zero,
-    missing and non-finite gradients, and for complex parameters.
+    The learning rate never enters the momentum buffer. After it changes, the whole buffer is applied at the new rate,
+    as in torch. :func:`scale_by_rmsprop` describes the scaling, half precision, zero, missing and non-finite gradients,
+    and complex parameters.
 
     Args:
-      lr: learning rate, ≥ 0, in units of the parameter per step. As for every number here, it may be a schedule (see
-        :func:`scale_by_rmsprop`). A schedule reads ``RMSPropState.step``, so the state looks the same for a
-        constant and a schedule, and a run restored from a checkpoint continues its schedule where it was.
+      lr: learning rate, ≥ 0, in units of the parameter per step. Like every number here, it may be a schedule (see
+        :func:`scale_by_rmsprop`). A schedule reads ``RMSPropState.step``. The state therefore looks the same for a
+        constant and for a schedule, and a restored run continues its schedule where it was.
       alpha: smoothing constant, 0 ≤ alpha < 1.
       eps: added to the root of the average, ≥ 0, in the unit of the gradient.
       weight_decay: L2 penalty, ≥ 0, added to the gradient *before* the scaling (``update`` then needs
         ``params``). The number 0 leaves it out of the program.
       momentum: decay of the momentum buffer, ≥ 0. The number 0 means no buffer.
       centered: divide by the standard deviation of the gradient instead of its root mean square.
-      maximize: climb the objective instead of descending it.
+      maximize: whether to climb the objective instead of descending it.
       weight_decay_mask: which parameters decay: a tree of bools like ``params`` (or a prefix of it), or a
         function from ``params`` to one. ``None`` means all of them. As in Optax, a tree that has a ``__call__``, such
         as an Equinox module, is a tree.
-      accumulator_dtype: the dtype in which the state rests; see :func:`scale_by_rmsprop`.
+      accumulator_dtype: the dtype in which the state is stored; see :func:`scale_by_rmsprop`.
 
     Returns:
-      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`RMSPropState`.
+      An ``optax.GradientTransformationExtraArgs`` whose state is an :class:`rmsprop_jax.RMSPropState`.
 
     Raises:
       ValueError: as :func:`scale_by_rmsprop`; also at ``update`` if there is weight decay and no ``params``.

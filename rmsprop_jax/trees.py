@@ -73,7 +73,7 @@ def _checked_step(step: Any) -> jax.Array:
     return counted
 
 
-# --- One tree beside another ---------------------------------------------------------------------------------
+# --- One tree and another --------------------------------------------------------------------------------------
 
 
 def flatten_like(name: str, tree: Any, updates: optax.Updates, structure: Any) -> list[Any]:

@@ -33,7 +33,7 @@ def test_readme_shows_three_figures_of_the_results() -> None:
     )
 
 
-def test_ratio_is_of_neighbours_in_time() -> None:
+def test_ratio_is_of_neighbors_in_time() -> None:
     assert measure.ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == {"median": 0.5, "low": 0.5, "high": 0.5}
 
 

@@ -88,7 +88,7 @@ def legend(ax: Axes) -> list[str]:
 
 
 def curves(ax: Axes) -> list[Line2D]:
-    """The lines with a colour of the palette; not what only marks a point or a rule."""
+    """The lines with a color of the palette; not what only marks a point or a rule."""
     return [line for line in ax.lines if line.get_linestyle() != "None" and line.get_color() != "#767676"]
 
 
@@ -143,7 +143,7 @@ def test_nothing_global_is_changed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_both_axes_are_labelled_and_the_picture_can_be_drawn(name: str, ax: Axes) -> None:
+def test_both_axes_are_labeled_and_the_picture_can_be_drawn(name: str, ax: Axes) -> None:
     CALLS[name](ax=ax)
     assert ax.get_xlabel()
     assert ax.get_ylabel() or name == "update_ratio_rows"  # whose rows have names
@@ -356,7 +356,7 @@ def test_parts_of_a_divided_figure_can_be_drawn_into() -> None:
     upper, lower = Figure(layout="constrained").subfigures(2)
     plotting.update_ratio(HISTORY, ax=upper.subplots())
     plotting.sweep(np.ones((1, 2)), [1, 2], [3], **NAMES, ax=lower.subplots())
-    assert [len(part.axes) for part in (upper, lower)] == [1, 2]  # the second with its colours
+    assert [len(part.axes) for part in (upper, lower)] == [1, 2]  # the second with its colors
 
 
 # --- The denominator -------------------------------------------------------------------------------------
@@ -754,18 +754,18 @@ def test_sweep_in_which_nothing_is_finite_is_hatched_all_over(ax: Axes) -> None:
     assert ax.get_xlim() == (0.5, 2.5)
 
 
-def test_colours_keep_to_three_decades_from_the_best(ax: Axes) -> None:
+def test_colors_keep_to_three_decades_from_the_best(ax: Axes) -> None:
     plotting.sweep([[0.5, 1.0, 1e30]], [1, 2, 3], [1], **NAMES, ax=ax)
     assert isinstance(cells(ax).norm, LogNorm)
     assert cells(ax).get_clim() == (0.5, 500)
     highest = plotting.sweep([[0.0, 1e-9, 1.0]], [1, 2, 3], [1], **NAMES, maximize=True)
     assert cells(highest).get_clim() == (1e-3, 1.0)
-    colours = cells(highest).to_rgba(cells(highest).get_array())
-    np.testing.assert_array_equal(colours[0, 0], colours[0, 1])  # 0 has a colour too, the last one
+    colors = cells(highest).to_rgba(cells(highest).get_array())
+    np.testing.assert_array_equal(colors[0, 0], colors[0, 1])  # 0 has a color too, the last one
 
 
 @pytest.mark.parametrize("table", [[[1.0, 2.0, 3.0]], [[-1.0, 1.0, 1e3]], [[0.0, 1.0, 1e3]], [[7.0, 7.0, 7.0]]])
-def test_colours_are_linear_over_all_values_otherwise(table: list[list[float]], ax: Axes) -> None:
+def test_colors_are_linear_over_all_values_otherwise(table: list[list[float]], ax: Axes) -> None:
     plotting.sweep(table, [1, 2, 3], [1], **NAMES, ax=ax)
     assert not isinstance(cells(ax).norm, LogNorm)
     ax.get_figure(root=True).draw_without_rendering()

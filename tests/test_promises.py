@@ -557,7 +557,7 @@ def test_apply_if_finite_leaves_state_untouched() -> None:
     assert_same(updates, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
-def test_lookahead_synchronises() -> None:
+def test_lookahead_synchronizes() -> None:
     tx = optax.lookahead(rmsprop(0.1), sync_period=2, slow_step_size=0.5)
     params = optax.LookaheadParams.init_synced(PARAMS)
     state = tx.init(params)
