@@ -54,9 +54,8 @@ from rmsprop_jax.equations import (
     divide_eps_outside,
     negate,
     scale_by_lr,
-    unless_zero,
 )
-from rmsprop_jax.lift import transformation
+from rmsprop_jax.lift import transformation, unless_zero
 
 __all__ = [
     "dqn",

@@ -1,6 +1,6 @@
 """Published training recipes as ready optimizers: dialect, numbers, schedule, clipping and decay in one chain.
 
-Every number was read in the source that the function names. What a source leaves open is an argument without a
+Every number comes from the source that the function names. What a source leaves open is an argument without a
 default. What does not belong to the optimizer (an average of the weights, a schedule that watches the validation
 loss) is left to the caller, and the docstring says so. All of them are Optax transformations; ``update`` needs
 ``params``. Gradients and parameters may have any dtype that :func:`rmsprop_jax.rmsprop` takes, and clipping computes in
@@ -19,7 +19,7 @@ from optax import GradientTransformationExtraArgs
 
 from rmsprop_jax import dialects
 from rmsprop_jax.arguments import check_count, check_number, explain_arguments, known, shown
-from rmsprop_jax.state import is_trainable, widened
+from rmsprop_jax.state import componentwise, is_trainable, widened
 from rmsprop_jax.transform import rmsprop
 
 __all__ = [
@@ -360,14 +360,14 @@ def _clip_entries(limit: float) -> optax.GradientTransformation:
     def clip(part: jax.Array) -> jax.Array:
         return jnp.clip(part, -limit, limit)
 
-    return optax.stateless(lambda updates, _: jax.tree.map(_in_float32(lambda g: _componentwise(clip, g)), updates))
+    return optax.stateless(lambda updates, _: jax.tree.map(_in_float32(lambda g: componentwise(clip, g)), updates))
 
 
 def _hold_weights_within(limit: float) -> optax.GradientTransformation:
     def hold(u: jax.Array, p: jax.Array) -> jax.Array:
         return jnp.clip(p + u.astype(p.dtype), -limit, limit) - p
 
-    return _map_with_params(lambda u, p: _componentwise(hold, u, p))
+    return _map_with_params(lambda u, p: componentwise(hold, u, p))
 
 
 def _map_with_params(function: Callable[[jax.Array, jax.Array], jax.Array]) -> optax.GradientTransformation:
@@ -399,15 +399,8 @@ def _in_float32(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     return rounded
 
 
-def _componentwise(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """``function`` of real arrays, or of the real and of the imaginary parts of complex ones."""
-    if not jnp.iscomplexobj(arrays[0]):
-        return function(*arrays)
-    return jax.lax.complex(function(*(x.real for x in arrays)), function(*(x.imag for x in arrays)))
-
-
 def _shorter(g: jax.Array, excess: jax.Array) -> jax.Array:
-    return _componentwise(lambda part: part / excess.astype(part.dtype), g)
+    return componentwise(lambda part: part / excess.astype(part.dtype), g)
 
 
 def _norm(arrays: Sequence[Any]) -> jax.Array:

@@ -157,17 +157,17 @@ def start_of(port: translation.Translation) -> str:
 
 def test_note_on_the_start_holds_for_any_alpha() -> None:
     known = start_of(translate("torch", "timm", alpha=0.9))
-    assert known.endswith("they differ by alphaᵗ, 1 % after 44 steps; compare that with v")
+    assert known.endswith("the averages differ by alphaᵗ, which is 1% after 44 steps; compare that with v")
     assert start_of(translate("torch", "timm", alpha=np.float32(0.9))).endswith(
-        "1 % after 44 steps; compare that with v"
+        "which is 1% after 44 steps; compare that with v"
     )
     assert start_of(translate("torch", "timm", alpha=jnp.float32(0.9))) == known
-    assert "alphaᵗ, 1 % after 1 steps" in start_of(translate("torch", "timm", alpha=0))
+    assert "alphaᵗ, which is 1% after 1 step;" in start_of(translate("torch", "timm", alpha=0))
     scheduled = start_of(translate("torch", "timm", alpha=lambda step: 0.9))
-    assert scheduled.endswith("they differ by the product of all alphas so far; compare that with v")
+    assert scheduled.endswith("the averages differ by the product of all alphas so far; compare that with v")
     traced = []
     jax.jit(lambda x: traced.append(start_of(translate("torch", "timm", alpha=x))) or x)(0.9)
-    assert traced[0].endswith("they differ by alphaᵗ; compare that with v")
+    assert traced[0].endswith("the averages differ by alphaᵗ; compare that with v")
 
 
 def test_note_on_the_start_holds_for_any_start() -> None:
@@ -176,14 +176,14 @@ def test_note_on_the_start_holds_for_any_start() -> None:
 
     for start in (0.5, np.array(0.5), jnp.array(0.5), Fraction(1, 2)):
         assert start_of(from_optax(start)).startswith(
-            "the average starts from 0.0 and not from 0.5: they differ by 0.5 · "
+            "the average starts from 0, not 0.5: the averages differ by 0.5 · "
         )
     for start in (0, np.array(0.0), jnp.array(0.0)):
         assert from_optax(start).notes == ()
     traced = []
     jax.jit(lambda x: traced.append(start_of(from_optax(x))) or x)(0.5)
     assert traced[0].startswith(
-        "the average starts from another value: they differ by alphaᵗ times the difference, 1 %"
+        "the average starts from a different value: they differ by alphaᵗ times the difference, which is 1%"
     )
     same = translate("optax", "optax", learning_rate=0.1, initial_scale=jnp.array(0.5))
     assert same.notes == ()
@@ -380,8 +380,8 @@ def test_buffer_changes_its_unit_by_a_traced_rate() -> None:
     [
         ((), ValueError, "state must contain an RMSPropState, got tuple without one"),
         (None, ValueError, "state must contain an RMSPropState, got NoneType without one"),
-        (state_of(0.0), ValueError, "state.momentum_buffer is None, but momentum is 0.5 in the setting that was"),
-        (state_of(centered=True), ValueError, "state.grad_avg is not None, but centered is False in the setting"),
+        (state_of(0.0), ValueError, "state.momentum_buffer is None, which does not fit momentum=0.5 in the setting that was"),
+        (state_of(centered=True), ValueError, "state.grad_avg is not None, which does not fit centered=False in the setting"),
         (
             state_of()._replace(momentum_buffer={"w": jnp.ones(2, jnp.int32)}),
             TypeError,
@@ -510,7 +510,7 @@ def test_dreamer_is_a_buffer_of_added_steps_at_a_smaller_rate(make: Callable[[fl
 
 def test_note_on_bias_correction_says_how_far_apart_they_are() -> None:
     (note,) = translate("dreamer", "torch", beta1=0.0, beta2=0.9).notes
-    assert note == "the average is not bias-corrected: they differ by the factor 1 − alphaᵗ, 1 % after 44 steps"
+    assert note == "the average is not bias-corrected: they differ by the factor 1 − alphaᵗ, which is 1% after 44 steps"
 
 
 def test_ratio_knows_of_bias_correction() -> None:
