@@ -298,8 +298,15 @@ def _step_and_slots(state: optax.OptState) -> tuple[int, dict[str, chex.ArrayTre
             f"the parts of state are at different steps, {sorted(steps)}, but share one outside; set their steps to "
             "the one at which the run continues"
         )
-    trees = {slot: merge_trees("state", [getattr(part, slot) for part in parts.values()]) for slot in SLOTS}
-    return max(steps), trees
+    return max(steps), {
+        slot: merge_trees("state", [_slot_or_masks(part, slot) for part in parts.values()]) for slot in SLOTS
+    }
+
+
+def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:
+    """The tree of a slot; masks in its place for a part without it, so that the other parts keep their containers."""
+    tree = getattr(part, slot)
+    return jax.tree.map(lambda _: optax.MaskedNode(), part.square_avg) if tree is None else tree
 
 
 def _check_part(place: str, part: RMSPropState) -> None:
