@@ -298,9 +298,8 @@ def _step_and_slots(state: optax.OptState) -> tuple[int, dict[str, chex.ArrayTre
             f"the parts of state are at different steps, {sorted(steps)}, but share one outside; set their steps to "
             "the one at which the run continues"
         )
-    return max(steps), {
-        slot: merge_trees("state", [_slot_or_masks(part, slot) for part in parts.values()]) for slot in SLOTS
-    }
+    columns = {slot: [_slot_or_masks(part, slot) for part in parts.values()] for slot in SLOTS}
+    return max(steps), {slot: merge_trees("state", column) for slot, column in columns.items()}
 
 
 def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:
