@@ -87,7 +87,7 @@ def size(arrays: list[jax.ShapeDtypeStruct]) -> int:
 
 
 def bytes_per_parameter(compiled: jax.stages.Compiled, state: Any, count: int) -> dict[str, float]:
-    """What rests between steps, what is allocated during one, and what XLA counts as read and written."""
+    """What is kept between steps, what is allocated during one, and what XLA counts as read and written."""
     return {
         "state": size(jax.tree.leaves(state)) / count,
         "temporary": compiled.memory_analysis().temp_size_in_bytes / count,

@@ -12,7 +12,7 @@ picture, the command line.
 
 Example:
   $ python examples/train_digits.py            # half a minute; writes into runs/digits
-  $ python examples/train_digits.py --resume   # goes on after Ctrl-C or kill; of a finished run, prints the result
+  $ python examples/train_digits.py --resume   # continues after Ctrl-C or kill; prints the result of a finished run
   $ python examples/train_digits.py --centered --output runs/centered
 """
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _INT32_MAX = 2**31 - 1  # what a step counter can reach
-_SMALLEST_EPS = float(np.finfo(np.float32).tiny)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # XLA treats what is smaller as 0
 
 # Arguments that mean the same in different frameworks.
 _SYNONYMS = (
@@ -96,7 +96,7 @@ def check_smoothing(name: str, value: Any) -> Any:
         return value
     if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
         raise TypeError(
-            f"{name} must not be {value.dtype}, in which 0.999 cannot be told from 1 or lies far off; give a Python "
+            f"{name} must not be {value.dtype}, which rounds 0.999 to 1, or far from 0.999; give a Python "
             "number or a float32 array (optax.inject_hyperparams takes hyperparam_dtype=jnp.float32)"
         )
     return check_number(name, value, below=1.0)
@@ -111,10 +111,10 @@ def check_eps(name: str, value: Any) -> Any:
     """
     checked = check_number_or_schedule(name, value)
     number = known(checked)
-    if number is not None and 0 < number < _SMALLEST_EPS:
+    if number is not None and 0 < number < SMALLEST_NORMAL:
         raise ValueError(
-            f"{name} must be 0 or at least {_SMALLEST_EPS:.3g}, the smallest normal number of float32, {_got(value)}; "
-            "XLA treats anything in between as 0"
+            f"{name} must be 0 or at least {SMALLEST_NORMAL:.3g}, the smallest normal number of float32, {_got(value)}"
+            "; XLA treats anything in between as 0"
         )
     return checked
 
@@ -145,6 +145,11 @@ def known(number: Any) -> float | None:
     if isinstance(number, jax.Array):
         return float(np.asarray(number)) if _is_concrete(number) else None
     return float(number) if isinstance(number, float | np.ndarray) else None
+
+
+def is_zero(number: Any) -> bool:
+    """Whether a checked number is the Python number 0, for which nothing is built. An array may change."""
+    return isinstance(number, float) and number == 0
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -28,6 +28,7 @@ from rmsprop_jax.state import (
     RMSPropState,
     Settings,
     SettingsQuery,
+    componentwise,
     find_states,
     is_absent,
     is_array,
@@ -75,7 +76,7 @@ def denominator(tx: optax.GradientTransformation, opt_state: optax.OptState, par
       >>> print(*(f"{x:.3g}" for x in diagnostics.denominator(optimizer, state, params)["w"]))
       3 0.1 1e-08
     """
-    return _of_each_average(lambda v, now: figures.denominator(v, _eps_pair(now)), tx, opt_state, params)
+    return _of_each_average(lambda v, now: figures.denominator_of_array(v, _eps_pair(now)), tx, opt_state, params)
 
 
 def effective_learning_rate(
@@ -111,8 +112,8 @@ def effective_learning_rate(
     """
 
     def of(square_avg: jax.Array, now: Settings) -> jax.Array:
-        denom = figures.denominator(square_avg, _eps_pair(now))
-        return figures.per_component(lambda d: jnp.asarray(now.lr, d.dtype) / d, denom)
+        denom = figures.denominator_of_array(square_avg, _eps_pair(now))
+        return componentwise(lambda d: jnp.asarray(now.lr, d.dtype) / d, denom)
 
     return _of_each_average(of, tx, opt_state, params)
 
@@ -175,10 +176,10 @@ def statistics(
     which a single device joins first.
 
     Where v is 0 (or rounded to it), the surprise divides by the root of the smallest normal number instead (of the
-    smallest number of the state's dtype, if that is larger). Elements that were never updated do not count for it.
+    smallest number of the state's dtype, if that is larger). Elements that were never updated are left out.
     Centered, v is the variance, so a steady gradient has a large surprise. ``never_updated`` counts where ``grad_avg``
-    is exactly 0 if centered, and else where ``square_avg`` is. It misses them in an average that starts from another
-    value, such as TensorFlow's.
+    is exactly 0 if centered, and else where ``square_avg`` is. It cannot see them if the average starts from a value
+    other than 0, such as TensorFlow's.
 
     Half precision is computed in float32. A complex leaf counts as two real ones. The statistics have no derivatives.
 
@@ -333,7 +334,7 @@ def ask(
                 f"tx does not fit opt_state, got {shown(str(error), 200)} from it; {_GIVE_ITS_OWN}"
             ) from error
     found: dict[Name, Settings] = {}
-    for state, own, *_ in query.answers:
+    for state, own in ((answer.state, answer.settings) for answer in query.answers):
         if not isinstance(state, RMSPropState):
             raise ValueError(
                 f"tx does not fit opt_state: an RMSProp in it would get a {type(state).__name__}; {_GIVE_ITS_OWN}"

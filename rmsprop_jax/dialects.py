@@ -13,7 +13,8 @@ function                      v starts at  denominator      order
 :func:`optax`                 0 (choice)   √(v + eps)       scale, −lr, buffer
 ============================  ===========  ===============  ==========================================
 
-v is the average of g², or, if ``centered``, the variance v − m². ``translation`` says how far apart two of them are.
+v is the average of g². If ``centered``, the denominator uses the variance v − m² in its place, where m is the average of
+g. ``translation`` says how far apart two of them are.
 
 Every function has the argument names, the order and the defaults of its source. Its docstring describes only what
 differs from :func:`rmsprop_jax.rmsprop`. The following holds for all of them:
@@ -54,9 +55,8 @@ from rmsprop_jax.equations import (
     divide_eps_outside,
     negate,
     scale_by_lr,
-    unless_zero,
 )
-from rmsprop_jax.lift import transformation
+from rmsprop_jax.lift import transformation, unless_zero
 
 __all__ = [
     "dqn",

@@ -38,14 +38,6 @@ class Leaf(NamedTuple):
 Equation = Callable[..., Leaf]
 
 
-def unless_zero(number: Any, equation: Equation) -> tuple[Equation, ...]:
-    """Leaves out an equation whose number is the Python number 0.
-
-    An array or a schedule always keeps it, whatever its value, so that structure never depends on data.
-    """
-    return () if isinstance(number, float) and number == 0 else (equation,)
-
-
 # --- The gradient --------------------------------------------------------------------------------------------
 
 

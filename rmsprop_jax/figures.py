@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmsprop_jax.state import RMSPropState, widened
+from rmsprop_jax.state import RMSPropState, componentwise, widened
 
 TOTAL = "total"  # the key of all leaves together
 
@@ -49,19 +49,14 @@ class LeafUpdate(NamedTuple):
     eps: tuple[chex.Numeric | None, chex.Numeric | None]
 
 
-def denominator(square_avg: chex.Array, eps: tuple[chex.Numeric, chex.Numeric]) -> jax.Array:
+def denominator_of_array(square_avg: chex.Array, eps: tuple[chex.Numeric, chex.Numeric]) -> jax.Array:
     """What the gradient of one array is divided by, in float32 at least; complex if ``square_avg`` is."""
 
     def component(v: jax.Array) -> jax.Array:
         inside, outside = (jnp.asarray(x, v.dtype) for x in eps)
         return jnp.sqrt(v + inside) + outside
 
-    return per_component(component, widened(square_avg))
-
-
-def per_component(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``function`` of a real ``x``; of a complex one, of its real and its imaginary part."""
-    return jax.lax.complex(function(x.real), function(x.imag)) if jnp.iscomplexobj(x) else function(x)
+    return componentwise(component, widened(square_avg))
 
 
 def real(x: chex.Numeric) -> jax.Array:
@@ -125,7 +120,7 @@ def _table(rms: jax.Array, shares: jax.Array, rates: jax.Array) -> jax.Array:
     """The figures, a row per leaf, in the order of ``_FIGURES``."""
     g, u, p, surprise = rms.T
     nonfinite, below_eps, never = shares.T
-    # Biases start at 0. While one rests there, nothing may compute 0/0: jax_debug_nans would stop there.
+    # While a bias is still 0, nothing may compute 0/0: jax_debug_nans would stop there.
     ratio = u / jnp.where(u == 0, 1.0, p)
     return jnp.stack([g, p, u, ratio, nonfinite, *rates.T, below_eps, never, surprise], axis=1)
 
@@ -283,8 +278,8 @@ def _row_by_row(combine: Callable[[Any, Any], Sequence[jax.Array]], operands: Se
 def norm(x: jax.Array, axis: int | None = None) -> jax.Array:
     """√Σx², where neither x = 1e38 overflows nor x = 1e-36 underflows float32. A diverging run shows how far it is."""
     unit = _unit(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0.0))
-    norm: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
-    return jnp.squeeze(norm, axis)
+    length: jax.Array = unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axis, keepdims=True))
+    return jnp.squeeze(length, axis)
 
 
 # --- Quantiles, by bisection -------------------------------------------------------------------------------
@@ -329,7 +324,7 @@ def _ranks(sizes: Sequence[int]) -> np.ndarray:
 def _patterns(arrays: _Arrays) -> jax.Array:
     """The bit patterns of the effective learning rates as float32. Padding lies above them all."""
     lr, inside, outside = map(arrays.per_row, (arrays.lr, *arrays.eps))
-    rates = (lr / denominator(arrays.v, (inside, outside))).astype(jnp.float32)
+    rates = (lr / denominator_of_array(arrays.v, (inside, outside))).astype(jnp.float32)
     return jnp.where(arrays.is_element(), jax.lax.bitcast_convert_type(rates, jnp.uint32), np.uint32(0xFFFFFFFF))
 
 

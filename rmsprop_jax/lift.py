@@ -18,7 +18,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from rmsprop_jax.arguments import check_eps, check_flag, check_float_dtype, check_number, check_smoothing, known
+from rmsprop_jax.arguments import (
+    check_eps,
+    check_flag,
+    check_float_dtype,
+    check_number,
+    check_smoothing,
+    is_zero,
+    known,
+)
 from rmsprop_jax.equations import (
     Equation,
     Leaf,
@@ -60,14 +68,14 @@ class Algorithm:
     """What is decided when a transformation is built, and is the same in every update.
 
     It holds the equations where libraries that rewrite closures do not look. Optimistix replaces the functions that
-    it finds in one, and an equation that is another function is another equation.
+    it finds in one, and a replaced function would no longer count as the same equation.
     """
 
     equations: tuple[Equation, ...]
     bias_correction: bool
     accumulator_dtype: np.dtype | None
 
-    def numbers(self) -> set[str]:
+    def names_of_numbers(self) -> set[str]:
         """The names of all numbers that the equations take."""
         return {name for equation in self.equations for name in _numbers_of(equation)}
 
@@ -86,6 +94,14 @@ class Algorithm:
             "grad_avg": self.has(centered_average),
             "momentum_buffer": self.has(add_momentum, add_nesterov_momentum, average_steps),
         }
+
+
+def unless_zero(number: Any, equation: Equation) -> tuple[Equation, ...]:
+    """Leaves out an equation whose number is the Python number 0.
+
+    An array or a schedule always keeps it, whatever its value, so that structure never depends on data.
+    """
+    return () if is_zero(number) else (equation,)
 
 
 # --- The transformation --------------------------------------------------------------------------------------
@@ -120,7 +136,7 @@ def transformation(
     ) -> tuple[optax.Updates, RMSPropState]:
         query = extra_args.get("rmsprop_settings")
         if isinstance(query, SettingsQuery):
-            query.answers.append(Answer(state, settings, algorithm, initial_scale))
+            query.answers.append(Answer(state, settings, algorithm.equations, bias_correction, initial_scale))
             return updates, state
         state = checked_state(state, algorithm.slots())
         trained, decays = _trained(params, updates), None
@@ -149,9 +165,7 @@ def _update_tree(
     ``optax.inject_hyperparams`` builds it, finds the program that is already there.
     """
     step = optax.safe_increment(state.step)
-    numbers = {name: jnp.asarray(x, float) for name, x in numbers.items()}
-    if algorithm.bias_correction:
-        numbers = _bias_corrected(numbers, step)
+    numbers = _completed(algorithm, numbers, step)
     # Python numbers are arrays by now, except under jax.disable_jit.
     updates, params = jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), (updates, params))
     gradients, structure = jax.tree.flatten(updates, is_leaf=is_none)
@@ -218,7 +232,7 @@ _update_batch = jax.jit(_update_leaves, static_argnames="equations")
 def _update_leaf(equations: tuple[Equation, ...], numbers: Numbers, leaf: Leaf) -> Leaf:
     """Applies ``equations`` in order, in the dtype of the state or float32 if that is narrower.
 
-    A jit of its own, so that leaves of equal shape and dtype are traced and lowered once.
+    Jitted separately, so that leaves of equal shape and dtype are traced and lowered once.
     """
     dtype = arithmetic_dtype(leaf.square_avg.dtype)
     numbers = {name: x.astype(dtype) for name, x in numbers.items()}
@@ -239,8 +253,8 @@ def _update_leaf(equations: tuple[Equation, ...], numbers: Numbers, leaf: Leaf) 
 def _written_in_order(leaf: Leaf) -> Leaf:
     """Returns ``leaf`` after ``centered_average`` unchanged; on CPU, XLA then copies nothing.
 
-    There each output is written in a loop of its own. The loop of ``square_avg`` reads the old ``grad_avg``, the loops
-    of both read the parameter that decays, and where the order is open XLA copies what is about to be overwritten.
+    XLA's CPU compiler writes each output in its own loop. The loop of ``square_avg`` reads the old ``grad_avg``, and
+    both loops read the decayed parameter. If their order is left open, XLA first copies what will be overwritten.
     """
     grad_avg = _written_after(leaf.square_avg, leaf.grad_avg)
     if leaf.param is None:
@@ -268,10 +282,36 @@ def _written_after(square_avg: jax.Array, x: jax.Array, also: jax.Array | None =
 
 
 def _at_step(algorithm: Algorithm, numbers: Numbers, step: jax.Array) -> dict[str, Any]:
-    """The numbers that the equations take, with schedules read and 1 minus each smoothing constant."""
-    taken = algorithm.numbers()
+    """The numbers that the equations take, with schedules read.
+
+    1 minus a smoothing constant of Python or NumPy is taken here, in double precision, as torch does: 1 − float32(0.99)
+    is off by 1e-6.
+    """
+    taken = algorithm.names_of_numbers()
     now = {name: _read(name, x, step) for name, x in numbers.items() if name in taken}
-    return now | {one_minus: _one_minus(now[name]) for name, one_minus in _COMPLEMENTS.items() if one_minus in taken}
+    return now | {
+        complement: one_minus(now[name])
+        for name, complement in _COMPLEMENTS.items()
+        if complement in taken and isinstance(now[name], float | np.ndarray)
+    }
+
+
+def _completed(algorithm: Algorithm, numbers: Numbers, step: jax.Array) -> dict[str, jax.Array]:
+    """All numbers in JAX's own float, with the complement of every smoothing constant, bias-corrected if wanted."""
+    completed = {name: jnp.asarray(x, float) for name, x in numbers.items()}
+    for name, complement in _COMPLEMENTS.items():
+        if complement in algorithm.names_of_numbers():
+            alpha = completed[name]
+            rest = completed.get(complement, one_minus(alpha))
+            completed[name], completed[complement] = (
+                _bias_corrected(alpha, rest, step) if algorithm.bias_correction else (alpha, rest)
+            )
+    return completed
+
+
+def one_minus(alpha: Any) -> Any:
+    """1 − alpha: in Python for a number of Python or NumPy, and in JAX's own float for an array."""
+    return 1.0 - float(alpha) if isinstance(alpha, float | np.ndarray) else 1 - jnp.asarray(alpha, float)
 
 
 def _read(name: str, number: Any, step: jax.Array) -> Any:
@@ -282,27 +322,17 @@ def _read(name: str, number: Any, step: jax.Array) -> Any:
     return checks.get(name, check_number)(f"the schedule of {name}", number(step))
 
 
-def _one_minus(alpha: Any) -> Any:
-    """1 − alpha. Python and NumPy subtract in double precision, as torch does: 1 − float32(0.99) is off by 1e-6."""
-    return 1.0 - float(alpha) if isinstance(alpha, float | np.ndarray) else 1 - jnp.asarray(alpha, float)
+def _bias_corrected(alpha: jax.Array, one_minus_alpha: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two weights of this step with which an average is its own bias-corrected value.
 
-
-def _bias_corrected(numbers: Numbers, step: jax.Array) -> dict[str, Any]:
-    """The numbers of this step with which an average is its own bias-corrected value.
-
-    A smoothing constant and its complement add up to 1, so every recurrence holds as it stands::
+    They add up to 1, so every recurrence holds as it stands::
 
         1 − alpha ← (1 − alpha) / (1 − alphaᵗ)      alpha ← alpha · (1 − alphaᵗ⁻¹) / (1 − alphaᵗ)
 
     The latter is exactly 0 at t = 1.
     """
-    corrected = dict(numbers)
-    for name, complement in _COMPLEMENTS.items():
-        if complement in numbers:
-            alpha, one_minus = numbers[name], numbers[complement]
-            before, now = (one_minus_power(alpha, one_minus, t) for t in (step - 1, step))
-            corrected[name], corrected[complement] = alpha * before / now, one_minus / now
-    return corrected
+    before, now = (one_minus_power(alpha, one_minus_alpha, t) for t in (step - 1, step))
+    return alpha * before / now, one_minus_alpha / now
 
 
 def one_minus_power(alpha: jax.Array, one_minus_alpha: jax.Array, t: jax.Array) -> jax.Array:

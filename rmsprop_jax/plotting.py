@@ -14,11 +14,11 @@ function                              shows
 Each draws into ``ax`` and returns it, with the data as NumPy or JAX arrays. ``ax=None`` makes a new figure with
 ``pyplot.subplots``, so that a notebook shows it once, at the end of the cell, and ``plt.show`` and ``plt.savefig``
 find it in a script. Like every figure of pyplot it stays in memory until ``plt.close``: in a loop, pass ``ax``.
-With ``ax`` pyplot is not touched; names stand to the right of or below the axes, for which a figure made with
-``layout="constrained"`` finds the room. No call changes ``rcParams`` or the backend.
+With ``ax`` pyplot is not touched. Labels stand to the right of the axes or below them; ``layout="constrained"`` makes
+room for them. No call changes ``rcParams`` or the backend.
 
 What is not finite is shown: a curve that stops being finite ends in a cross, a cell of a sweep is hatched. The
-colors are those of Okabe and Ito, and cividis, which are told apart by every kind of eye.
+colors are those of Okabe and Ito, and cividis, which color-blind readers can tell apart.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +53,7 @@ __all__ = [
 
 History: TypeAlias = Mapping[str, ArrayLike] | Sequence[Mapping[str, ArrayLike]]
 
-# Okabe and Ito's colors, without the yellow that is lost on white; after all seven come other dashes.
+# Okabe and Ito's colors, without the yellow, which is lost on white. After seven curves, the dashes change.
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", ":")
 _GRAY = "#767676"
@@ -87,7 +87,7 @@ def effective_learning_rate(
 
     Raises:
       ValueError: if there is no such leaf, or shapes do not fit.
-      TypeError: if an argument is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import matplotlib.pyplot as plt
@@ -136,7 +136,7 @@ def update_ratio(
 
     Raises:
       ValueError: if there is no such leaf, more of them than can be told apart, or shapes do not fit.
-      TypeError: if an argument is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import matplotlib.pyplot as plt
@@ -158,7 +158,7 @@ def update_ratio(
         return _ratio_rows({leaf: _column(single, leaf, "update_ratio")[0] for leaf in chosen}, ax)
 
     ratios = {leaf: _column(records, leaf, "update_ratio") for leaf in chosen}
-    _check_count("leaves", ratios, "choose some of them, or draw the statistics of a single step")
+    _check_can_be_told_apart("leaves", ratios, "choose some of them, or draw the statistics of a single step")
     x, x_label = _check_steps(steps, _length("history", ratios))
     ax = _axes(ax, _height(1 + len(ratios)))
     ax.set(xlabel=x_label, ylabel=_RATIO, yscale="log")
@@ -306,7 +306,7 @@ def trajectory(
     Raises:
       ValueError: if a path is not ``(steps + 1, 2)`` or starts at no finite point, the loss is not a scalar or
         nowhere finite, or limits are not in order.
-      TypeError: if an argument is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -323,7 +323,7 @@ def trajectory(
     if not callable(loss):
         raise TypeError(f"loss must be a function of an array of shape (2,), got {type(loss).__name__}")
     points = {name: _check_path(f"paths[{name!r}]", path) for name, path in _check_mapping("paths", paths).items()}
-    _check_count("paths", points, "draw some of them")
+    _check_can_be_told_apart("paths", points, "draw some of them")
     everywhere = np.concatenate(list(points.values()))
     x_range = _check_limits("x_limits", x_limits, everywhere[:, 0])
     y_range = _check_limits("y_limits", y_limits, everywhere[:, 1])
@@ -398,7 +398,7 @@ def dialect_fan(
 
     Raises:
       ValueError: if curves are of different lengths, or more than can be told apart.
-      TypeError: if an argument is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import matplotlib.pyplot as plt
@@ -413,7 +413,7 @@ def dialect_fan(
     x, _ = _check_steps(steps, _length("curves", values))
     scale = _scale(np.concatenate(list(values.values())))
     groups = _look_alikes(values, scale)
-    _check_count("curves", groups, "draw some of them")
+    _check_can_be_told_apart("curves", groups, "draw some of them")
 
     ax = _axes(ax, _height(len(values)))
     ax.set(xlabel="step", ylabel=y_label, yscale=scale)
@@ -468,7 +468,7 @@ def sweep(
 
     Raises:
       ValueError: if shapes do not fit, or ``x`` or ``y`` does not increase.
-      TypeError: if an argument is of another kind.
+      TypeError: if an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -733,7 +733,7 @@ def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _check_count(name: str, value: Sequence[Any] | Mapping[str, Any], advice: str) -> None:
+def _check_can_be_told_apart(name: str, value: Sequence[Any] | Mapping[str, Any], advice: str) -> None:
     most = len(_COLORS) * len(_DASHES)
     if len(value) > most:
         raise ValueError(f"{name} must be at most {most} to be told apart, got {len(value)}; {advice}")

@@ -55,18 +55,20 @@ class Settings(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an RMSProp says of itself.
+    """What an RMSProp says about itself.
 
     Attributes:
       state: the state that it was asked with.
       settings: what it was built with.
-      algorithm: the equations and their order, as ``lift.Algorithm``.
+      equations: what it applies to every array, in order.
+      bias_correction: whether its averages are bias-corrected.
       initial_scale: what ``square_avg`` starts from.
     """
 
     state: Any
     settings: Settings
-    algorithm: Any
+    equations: tuple[Callable[..., Any], ...]
+    bias_correction: bool
     initial_scale: Any
 
 
@@ -90,8 +92,8 @@ class SettingsQuery:
 
 
 def is_array(x: Any) -> bool:
-    """Whether ``x`` is an array or stands for one (``jax.ShapeDtypeStruct``). A dtype has no shape."""
-    return hasattr(x, "dtype") and hasattr(x, "shape")
+    """Whether ``x`` is an array or stands for one (``jax.ShapeDtypeStruct``); a type such as np.float32 does not."""
+    return hasattr(x, "dtype") and hasattr(x, "shape") and not isinstance(x, type)
 
 
 def is_trainable(leaf: Any) -> bool:
@@ -100,7 +102,7 @@ def is_trainable(leaf: Any) -> bool:
 
 
 def is_absent(x: Any) -> bool:
-    """Whether there is nothing at a place of a tree: ``None``, or a mask for what another transformation updates."""
+    """Whether a position in a tree is empty: ``None``, or a mask for what a different transformation updates."""
     return x is None or isinstance(x, optax.MaskedNode)
 
 
@@ -133,7 +135,17 @@ def widened(x: Any) -> jax.Array:
     return jnp.asarray(x, dtype if kind(dtype) is complex else arithmetic_dtype(dtype))
 
 
+def componentwise(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """``function`` of real arrays, or of the real and of the imaginary parts of complex ones."""
+    if not jnp.iscomplexobj(arrays[0]):
+        return function(*arrays)
+    return jax.lax.complex(function(*(x.real for x in arrays)), function(*(x.imag for x in arrays)))
+
+
 # --- States inside an optimizer state ------------------------------------------------------------------------
+
+
+ONE_STATE_EACH = "give the state of one optimizer for one set of parameters"
 
 
 def is_state(x: Any) -> bool:
@@ -177,7 +189,8 @@ def replace_states(
 def merge_trees(name: str, trees: Sequence[Any], path: Any = ()) -> Any:
     """One tree out of several, in each of which ``optax.MaskedNode`` stands for what is in another.
 
-    That is how ``optax.partition`` divides the slots of its parts. ``None`` gives way to what another tree holds.
+    That is how ``optax.partition`` divides the slots of its parts. Where one tree has ``None``, the value of the other
+    is used.
 
     Raises:
       ValueError: if two trees hold the same leaf, or differ in a container. The message calls the state ``name``.
@@ -199,9 +212,6 @@ def merge_trees(name: str, trees: Sequence[Any], path: Any = ()) -> Any:
         for siblings in zip(*children, strict=True)
     ]
     return jax.tree.unflatten(structures[0], merged)
-
-
-ONE_STATE_EACH = "give the state of one optimizer for one set of parameters"
 
 
 # --- Names of leaves -----------------------------------------------------------------------------------------

@@ -200,8 +200,8 @@ def _remarks(leaves: Mapping[str, figures.LeafUpdate], found: Mapping[str, float
         )
     elif stalled:
         yield (
-            f"average stalled: in {_listed(stalled)} the state rests in {states[stalled[0]].square_avg.dtype}, which "
-            "rounds small changes away, and is far from the gradient's square; leave accumulator_dtype out"
+            f"average stalled: in {_listed(stalled)} the state is stored in {states[stalled[0]].square_avg.dtype}, "
+            "which rounds small changes away, and is far from the gradient's square; leave accumulator_dtype out"
         )
     else:
         if eps_rules(figures.TOTAL):
@@ -225,7 +225,7 @@ def _relative_step(leaf: figures.LeafUpdate) -> jax.Array:
     """``rms(g / denominator)``: the step without momentum, in units of lr; 0/0 counts as 0."""
     if leaf.state is None or leaf.g is None:
         return jnp.zeros(())
-    denom = figures.denominator(figures.real(leaf.state.square_avg), leaf.eps)
+    denom = figures.denominator_of_array(figures.real(leaf.state.square_avg), leaf.eps)
     g = figures.real(leaf.g).astype(denom.dtype)
     return jnp.asarray(figures.norm(g / jnp.where(g == 0, 1.0, denom)) / math.sqrt(max(1, denom.size)))
 

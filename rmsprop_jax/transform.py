@@ -29,9 +29,8 @@ from rmsprop_jax.equations import (
     divide_eps_outside,
     negate,
     scale_by_lr,
-    unless_zero,
 )
-from rmsprop_jax.lift import transformation
+from rmsprop_jax.lift import transformation, unless_zero
 
 __all__ = ["rmsprop", "scale_by_rmsprop"]
 
@@ -110,7 +109,8 @@ def scale_by_rmsprop(
         state do not match the parameters ``init`` saw (the message names the first path that differs).
       TypeError: when built, if an argument has the wrong type; at ``init``, if a parameter is an array of integers
         or bools (the message names it); at ``update``, if a gradient is not of its parameter's kind or a slot of the
-        state has another dtype than ``init`` gives. (A ``step`` that is an integer of another width is converted.)
+        state has a dtype different from the one that ``init`` gives. (A ``step`` that is an integer of a different
+        width is converted.)
 
     Example:
       >>> import jax.numpy as jnp

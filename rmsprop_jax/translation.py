@@ -20,11 +20,13 @@ import optax
 
 from rmsprop_jax import dialects
 from rmsprop_jax.arguments import (
+    SMALLEST_NORMAL,
     check_eps,
     check_number,
     check_number_or_schedule,
     check_numbers,
     check_smoothing,
+    is_zero,
     known,
     shown,
 )
@@ -36,9 +38,11 @@ from rmsprop_jax.equations import (
     centered_average,
     decay_weights_decoupled,
     divide_eps_inside,
+    divide_eps_outside,
     negate,
     scale_by_lr,
 )
+from rmsprop_jax.lift import one_minus
 from rmsprop_jax.state import SettingsQuery, find_states, replace_states
 from rmsprop_jax.transform import rmsprop
 
@@ -105,14 +109,16 @@ DIALECTS: Mapping[str, Dialect] = {
 
 _ABSENT = {"momentum": 0.0, "weight_decay": 0.0}  # what a dialect has that does not know the word
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {"alpha": check_smoothing, "eps": check_eps}
-_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 # --- What a translation is -----------------------------------------------------------------------------------
 
 
 class Translation(NamedTuple):
-    """A setting of one dialect in the words of another, and what does not carry over. It prints as text.
+    """A setting of one dialect in the words of another, and what does not carry over.
+
+    It prints as the target's name with its arguments, rounded, and the notes below.
 
     Attributes:
       target: the dialect it was translated into, a key of :data:`DIALECTS`.
@@ -130,7 +136,7 @@ class Translation(NamedTuple):
     after: dict[str, Any]
 
     def __str__(self) -> str:
-        """The call that builds the target's transformation, and the notes below it."""
+        """The target's name with its arguments, rounded, and the notes below."""
         values = ", ".join(
             f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={shown(value)}"
             for name, value in self.arguments.items()
@@ -145,15 +151,18 @@ class Translation(NamedTuple):
         """Target step ÷ source step.
 
         For gradients of root mean square ``gradient`` and mean 0, at update number ``step`` (from 1), both float and
-        broadcast against each other. Momentum and the learning rate, the same in both, are left out::
+        broadcast against each other. Momentum and the learning rate, which act on both alike, are left out::
 
             v     = alphaᵗ · initial_scale + (1 − alphaᵗ) · gradient²      gradient² with bias_correction
             ratio = denominator(v) of the source / denominator(v) of the target
 
+        Where only the source averages its steps, which are then bias-corrected, the ratio is 1 − momentumᵗ times that;
+        where only the target does, it is divided by 1 − momentumᵗ.
+
         A schedule of eps is read at ``step`` − 1, as the update reads it.
 
         Raises:
-          ValueError: if ``gradient`` is negative, ``step`` below 1, or alpha a schedule.
+          ValueError: if ``gradient`` is negative, ``step`` below 1, or a smoothing constant a schedule.
           TypeError: if one of them is not a real number, or a number of the setting is a tracer.
         """
         sizes, steps = check_numbers("gradient", gradient, at_least=0.0), check_numbers("step", step, at_least=1.0)
@@ -167,22 +176,27 @@ class Translation(NamedTuple):
 
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             before, after = denominator(self.before), denominator(self.after)
-            return np.where(before == after, 1.0, before / after)  # 0 / 0 and ∞ / ∞ too
+            ratio = np.where(before == after, 1.0, before / after)  # 0 / 0 and ∞ / ∞ too
+        if self.before["averages_steps"] == self.after["averages_steps"]:
+            return ratio
+        weight = 1 - _known("momentum", self.before["momentum"]) ** steps
+        return np.asarray(ratio * weight if self.before["averages_steps"] else ratio / weight)
 
     def convert_state(self, opt_state: optax.OptState) -> optax.OptState:
         """The target's state for a run that has come to ``opt_state`` in the source's dialect.
 
         Every :class:`rmsprop_jax.RMSPropState` in ``opt_state`` is converted: the state itself, or those of a chain, a
-        partition or a recorder. Averages mean the same in both dialects, except that a bias-corrected average is
-        1 / (1 − alphaᵗ) times a plain one. A momentum buffer changes its unit where only one of the two has the
-        learning rate in it, which is exact as long as the learning rate has been constant, and where only one of the
-        two averages the steps.
+        partition or a recorder. All of them must have the setting that was translated. Averages mean the same in both
+        dialects, except that a bias-corrected average is a plain one without its start, divided by 1 − alphaᵗ. (Taking
+        a start of 1 out of an average in float32 leaves an error of 1e-7, which is large for small gradients.) A
+        momentum buffer changes its unit where only one of the two has the learning rate in it, or averages the steps.
+        That is exact as long as learning rate and momentum have been constant.
 
         Raises:
-          ValueError: if there is no :class:`rmsprop_jax.RMSPropState`, or it belongs to another setting; if the buffer
-            changes its unit and the learning rate is a schedule, 0 or infinite; if a bias correction comes or goes and
-            the smoothing constant is a schedule.
-          TypeError: if a slot is not floating or complex.
+          ValueError: if there is no :class:`rmsprop_jax.RMSPropState`, or it belongs to a different setting; if the
+            buffer changes its unit and the learning rate is a schedule, 0 or infinite; if a bias correction comes or
+            goes and the smoothing constant is a schedule.
+          TypeError: if a slot is not floating or complex, or a step not an integer.
         """
         for place, state in find_states("state", opt_state).items():
             check_state(place, state, self.before)
@@ -199,7 +213,8 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
     - Where only one of the two averages the steps and the other adds them up,
       ``lr_adding = lr_averaging · (1 − momentum)``.
 
-    A schedule is translated into a schedule, an array into an array, and inside ``jit`` a tracer into a tracer.
+    A schedule is translated into a schedule, a ``jax.Array`` into a ``jax.Array``, and inside ``jit`` a tracer into a
+    tracer.
 
     Args:
       source: the dialect that the setting is in, a key of :data:`DIALECTS`.
@@ -221,7 +236,7 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
       >>> print(port)
       torch(lr=0.016, alpha=0.9, eps=0.0316228, momentum=0.9, centered=False, weight_decay=0)
       - eps is outside the root: the denominators are within a factor 1 to √2 of each other
-      - the average starts from 0.0 and not from 1.0: they differ by alphaᵗ, 1 % after 44 steps; compare that with v
+      - the average starts from 0, not 1: the averages differ by alphaᵗ, which is 1% after 44 steps; compare that with v
       - the learning rate is not in the momentum buffer: the same as long as it is constant
       >>> print(port.step_ratio(gradient=1e-3, step=[1, 400]).round(1))  # too large at first
       [29.7  1. ]
@@ -249,22 +264,30 @@ def structure_of(tx: optax.GradientTransformationExtraArgs) -> dict[str, Any]:
       By name: ``centered``; ``eps_in_sqrt``; ``decoupled_decay``; ``lr_in_buffer``, whether the learning rate goes into
       the momentum buffer; ``buffer_sign``, −1 if the buffer holds updates instead of steps; ``averages_steps``, whether
       the buffer averages the steps instead of adding them up; ``nesterov``; ``bias_correction``; ``initial_scale``.
+
+    Raises:
+      ValueError: if ``tx`` is not an RMSProp of this package.
     """
     query = SettingsQuery()
-    tx.update(None, None, rmsprop_settings=query)
+    try:
+        tx.update(None, None, None, rmsprop_settings=query)
+    except Exception:  # whatever a transformation does without gradients
+        query.answers.clear()
+    if not query.answers:
+        raise ValueError(f"tx must be an RMSProp of rmsprop_jax, got {shown(tx)}; of a chain, give the RMSProp in it")
     answer = query.answers[0]
-    equations, has = answer.algorithm.equations, answer.algorithm.has
-    momentum = (add_momentum, add_nesterov_momentum, average_steps)
-    into_buffer = equations[: next((i for i, equation in enumerate(equations) if equation in momentum), 0)]
+    equations, momentum = answer.equations, (add_momentum, add_nesterov_momentum, average_steps)
+    scaled = next((i for i, e in enumerate(equations) if e in (divide_eps_inside, divide_eps_outside)), 0)
+    into_buffer = equations[scaled : next((i for i, e in enumerate(equations) if e in momentum), 0)]
     return {
-        "centered": has(centered_average),
-        "eps_in_sqrt": has(divide_eps_inside),
-        "decoupled_decay": has(decay_weights_decoupled),
+        "centered": centered_average in equations,
+        "eps_in_sqrt": divide_eps_inside in equations,
+        "decoupled_decay": decay_weights_decoupled in equations,
         "lr_in_buffer": scale_by_lr in into_buffer,
         "buffer_sign": -1 if negate in into_buffer else 1,
-        "averages_steps": has(average_steps),
-        "nesterov": has(add_nesterov_momentum),
-        "bias_correction": answer.algorithm.bias_correction,
+        "averages_steps": average_steps in equations,
+        "nesterov": add_nesterov_momentum in equations,
+        "bias_correction": answer.bias_correction,
         "initial_scale": answer.initial_scale,
     }
 
@@ -311,7 +334,7 @@ def _check_structure(target: str, before: dict[str, Any], after: dict[str, Any])
             f"centered must be {after['centered']}, since target {target} is {always} centered, got "
             f"{before['centered']}"
         )
-    if not _is_zero(before["momentum"]) and before["nesterov"] != after["nesterov"]:
+    if not is_zero(before["momentum"]) and before["nesterov"] != after["nesterov"]:
         raise ValueError(f"nesterov must be False, since target {target} has no Nesterov momentum, got True")
 
 
@@ -320,13 +343,13 @@ def _moved_eps(name: str, eps: Any, into_root: bool) -> Any:
     if callable(eps):
         return functools.partial(_read_moved_eps, name, eps, into_root)
     number = known(eps)
-    if into_root and number not in (None, 0.0, math.inf) and not _SMALLEST <= number * number <= _LARGEST:
+    if into_root and number not in (None, 0.0, math.inf) and not SMALLEST_NORMAL <= number * number <= _LARGEST:
         raise ValueError(
             f"{name} must be 0 or from 1.1e-19 to 1.8e19 where its square goes under the root, got {number:g}; float32 "
             "takes the square of a smaller number for 0 and that of a larger one for infinite"
         )
     if isinstance(eps, jax.Array):
-        wide = _wide(eps)
+        wide = jnp.asarray(eps, float)
         return wide * wide if into_root else jnp.sqrt(wide)
     return float(eps) ** (2 if into_root else 0.5)
 
@@ -340,10 +363,9 @@ def _rescaled(lr: Any, momentum: Any, averages_steps: bool) -> Any:
     if callable(lr) or callable(momentum):
         return functools.partial(_read_rescaled, lr, momentum, averages_steps)
     if isinstance(lr, jax.Array) or isinstance(momentum, jax.Array):
-        lr, momentum = _wide(lr), _wide(momentum)
-    else:
-        lr, momentum = float(lr), float(momentum)
-    return lr / (1 - momentum) if averages_steps else lr * (1 - momentum)
+        lr = jnp.asarray(lr, float)
+    rest = one_minus(momentum)
+    return lr / rest if averages_steps else lr * rest
 
 
 def _read_rescaled(lr: Any, momentum: Any, averages_steps: bool, step: Any) -> Any:
@@ -352,17 +374,13 @@ def _read_rescaled(lr: Any, momentum: Any, averages_steps: bool, step: Any) -> A
     return _rescaled(lr, check_number("the schedule of momentum", momentum, below=1.0), averages_steps)
 
 
-def _wide(number: Any) -> jax.Array:
-    return jnp.asarray(number, jnp.float64 if getattr(number, "dtype", None) == jnp.float64 else jnp.float32)
-
-
 # --- What is not exactly equal -------------------------------------------------------------------------------
 
 
 def _notes(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
     """A sentence for each difference between two settings."""
     notes = []
-    if after["eps_in_sqrt"] != before["eps_in_sqrt"]:
+    if after["eps_in_sqrt"] != before["eps_in_sqrt"] and known(before["eps"]) != 0:
         place = "under" if after["eps_in_sqrt"] else "outside"
         notes.append(f"eps is {place} the root: the denominators are within a factor 1 to √2 of each other")
         if after["eps_in_sqrt"] and known(before["eps"]) is None:
@@ -374,17 +392,14 @@ def _notes(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
         not_ = "" if after["bias_correction"] else "not "
         factor = _one_minus_power_in_words("alpha", before["alpha"])
         notes.append(f"the average is {not_}bias-corrected: they differ by the factor {factor}")
-    if not _is_zero(before["momentum"]) and after["lr_in_buffer"] != before["lr_in_buffer"]:
+    if not is_zero(before["momentum"]) and after["lr_in_buffer"] != before["lr_in_buffer"]:
         not_ = "" if after["lr_in_buffer"] else "not "
         notes.append(f"the learning rate is {not_}in the momentum buffer: the same as long as it is constant")
-    if not _is_zero(before["momentum"]) and after["averages_steps"] != before["averages_steps"]:
-        change, length = ("divided", "longer") if after["averages_steps"] else ("multiplied", "shorter")
+    if not is_zero(before["momentum"]) and after["averages_steps"] != before["averages_steps"]:
+        change = "divided" if after["averages_steps"] else "multiplied"
         verb = "averages the steps" if after["averages_steps"] else "adds the steps up"
         factor = _one_minus_power_in_words("momentum", before["momentum"])
-        notes.append(
-            f"the momentum buffer {verb}: lr is {change} by 1 − momentum, and the first steps are {length} by the "
-            f"factor {factor}"
-        )
+        notes.append(f"the momentum buffer {verb}: lr is {change} by 1 − momentum, and the first steps by {factor}")
     return tuple(notes)
 
 
@@ -392,10 +407,10 @@ def _note_on_start(start: float | None, old_start: float | None, alpha: Any) -> 
     remembered = "the product of all alphas so far" if callable(alpha) else "alphaᵗ"
     duration = _duration(alpha)
     if start is None or old_start is None:
-        return f"the average starts from another value: they differ by {remembered} times the difference{duration}"
+        return f"the average starts from a different value: they differ by {remembered} times the difference{duration}"
     gap = abs(start - old_start)
     return (
-        f"the average starts from {start} and not from {old_start}: they differ by "
+        f"the average starts from {start:g}, not {old_start:g}: the averages differ by "
         f"{'' if gap == 1 else f'{gap:g} · '}{remembered}{duration}; compare that with v"
     )
 
@@ -410,12 +425,8 @@ def _duration(alpha: Any) -> str:
     number = known(alpha)
     if number is None or number >= 1:
         return ""
-    return f", 1 % after {1 if number == 0 else math.ceil(math.log(0.01) / math.log(number))} steps"
-
-
-def _is_zero(number: Any) -> bool:
-    """Whether it is the number 0, for which nothing is built; an array may change."""
-    return isinstance(number, float) and number == 0
+    steps = 1 if number == 0 else math.ceil(math.log(0.01) / math.log(number))
+    return f", which is 1% after {steps} step{'' if steps == 1 else 's'}"
 
 
 def _known(name: str, number: Any) -> float:

@@ -44,13 +44,13 @@ def checked_state(state: Any, kept: Mapping[str, bool]) -> RMSPropState:
         if state.square_avg is not None and (getattr(state, name) is None) == kept[name]:
             raise ValueError(
                 f"state.{name} is {'None' if kept[name] else 'not None'}, so the state belongs to a "
-                f"transformation with another setting of {cause}; call init again or keep the setting"
+                f"transformation with a different setting of {cause}; call init again or keep the setting"
             )
-    return state._replace(step=_checked_step(state.step))
+    return state._replace(step=checked_step(state.step))
 
 
-def _checked_step(step: Any) -> jax.Array:
-    """The number of updates as ``init`` gives it, an int32 scalar; integers of another width are converted."""
+def checked_step(step: Any) -> jax.Array:
+    """The number of updates as ``init`` gives it, an int32 scalar; integers of a different width are converted."""
     if isinstance(step, jax.Array) and step.dtype == jnp.int32 and not step.shape:
         return step
     if isinstance(step, int) and not isinstance(step, bool):

@@ -58,6 +58,30 @@ def test_tree_may_be_divided_by_none_as_well_as_by_masks() -> None:
     assert {name: tuple(kept) for name, kept in slots.items()} == {"a": KEPT[0], "b": KEPT[1]}
 
 
+def test_labels_of_a_partition_may_be_a_prefix() -> None:
+    """Then ``optax.MaskedNode`` stands for a whole branch, and one of the groups has no momentum."""
+    tx = optax.partition({"x": rmsprop(momentum=0.9), "y": rmsprop()}, {"enc": "x", "dec": "y"})
+    params = {"enc": {"w": jnp.ones(2)}, "dec": {"w": jnp.ones(3), "b": jnp.ones(1)}}
+    _, state = tx.update(params, tx.init(params), params)
+    names = ["enc/w", "dec/w", "dec/b"]
+
+    def flat(tree: Any) -> dict[str, Any]:
+        return {name: tree[name.split("/")[0]][name.split("/")[1]] for name in names}
+
+    _, slots = slots_by_name(state, flat, names)
+    assert {name: sorted(kept) for name, kept in slots.items()} == {
+        "enc/w": ["momentum_buffer", "square_avg"],
+        "dec/w": ["square_avg"],
+        "dec/b": ["square_avg"],
+    }
+
+
+def test_slot_of_the_file_that_nobody_keeps_is_refused() -> None:
+    given = [p._replace(group=0) for p in parameters()]
+    with pytest.raises(ValueError, match=r"^the file has a \w+ of '\w+', but the transformation keeps none"):
+        build_optimizer(given, to_params, [rmsprop()])
+
+
 def test_slots_that_a_file_lacks_start_from_what_init_gives() -> None:
     given = [p._replace(slots={}, step=None, group=0) for p in parameters()]
     tx, state = build_optimizer(given, to_params, [dialects.tensorflow(0.1, momentum=0.9)])

@@ -95,7 +95,7 @@ def test_stalled_half_precision_average_is_recognized() -> None:
     summaries, fast = train(cross_entropy, network(), digits(700, None), {699}, **setting)
     assert slow[-1] > 1.02 * fast[-1]
     assert causes(stalled[699]) == ["average stalled"]
-    assert "out/kernel the state rests in bfloat16" in stalled[699].remarks[0]
+    assert "out/kernel the state is stored in bfloat16" in stalled[699].remarks[0]
     assert summaries[699].remarks == ()
 
 

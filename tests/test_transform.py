@@ -880,7 +880,7 @@ def test_state_of_another_optimizer_is_refused() -> None:
 def test_state_of_another_setting_is_refused(name: str, value: Any) -> None:
     without, with_slot = rmsprop(), rmsprop(**{name: value})
     for tx, state in ((with_slot, without.init(TREE)), (without, with_slot.init(TREE))):
-        with pytest.raises(ValueError, match=f"another setting of {name}"):
+        with pytest.raises(ValueError, match=f"a different setting of {name}"):
             tx.update(TREE, state, TREE)
 
 
@@ -1186,3 +1186,18 @@ def test_finite_gradients_keep_state_finite_and_averages_not_negative(
         assert update.shape == param.shape
         assert update.dtype == dtype
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_arrays_as_numbers_cost_no_operation_outside_the_program() -> None:
+    """Each one, 1 − alpha for example, would be a dispatch and a transfer of its own."""
+    numbers = [jax.device_put(jnp.float32(x)) for x in (0.1, 0.9, 1e-8, 0.1, 0.9)]
+    tx, params = rmsprop(*numbers), jnp.ones(3)
+    state = tx.init(params)
+    tx.update(params, state, params)
+    with jax.transfer_guard("disallow"):
+        tx.update(params, state, params)
+
+
+def test_type_in_place_of_an_array_is_a_leaf_without_slot() -> None:
+    state = rmsprop().init({"w": jnp.ones(2), "dtype": np.float32})
+    assert state.square_avg["dtype"] is None

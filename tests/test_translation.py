@@ -157,17 +157,17 @@ def start_of(port: translation.Translation) -> str:
 
 def test_note_on_the_start_holds_for_any_alpha() -> None:
     known = start_of(translate("torch", "timm", alpha=0.9))
-    assert known.endswith("they differ by alphaᵗ, 1 % after 44 steps; compare that with v")
+    assert known.endswith("the averages differ by alphaᵗ, which is 1% after 44 steps; compare that with v")
     assert start_of(translate("torch", "timm", alpha=np.float32(0.9))).endswith(
-        "1 % after 44 steps; compare that with v"
+        "which is 1% after 44 steps; compare that with v"
     )
     assert start_of(translate("torch", "timm", alpha=jnp.float32(0.9))) == known
-    assert "alphaᵗ, 1 % after 1 steps" in start_of(translate("torch", "timm", alpha=0))
+    assert "alphaᵗ, which is 1% after 1 step;" in start_of(translate("torch", "timm", alpha=0))
     scheduled = start_of(translate("torch", "timm", alpha=lambda step: 0.9))
-    assert scheduled.endswith("they differ by the product of all alphas so far; compare that with v")
+    assert scheduled.endswith("the averages differ by the product of all alphas so far; compare that with v")
     traced = []
     jax.jit(lambda x: traced.append(start_of(translate("torch", "timm", alpha=x))) or x)(0.9)
-    assert traced[0].endswith("they differ by alphaᵗ; compare that with v")
+    assert traced[0].endswith("the averages differ by alphaᵗ; compare that with v")
 
 
 def test_note_on_the_start_holds_for_any_start() -> None:
@@ -176,14 +176,14 @@ def test_note_on_the_start_holds_for_any_start() -> None:
 
     for start in (0.5, np.array(0.5), jnp.array(0.5), Fraction(1, 2)):
         assert start_of(from_optax(start)).startswith(
-            "the average starts from 0.0 and not from 0.5: they differ by 0.5 · "
+            "the average starts from 0, not 0.5: the averages differ by 0.5 · "
         )
     for start in (0, np.array(0.0), jnp.array(0.0)):
         assert from_optax(start).notes == ()
     traced = []
     jax.jit(lambda x: traced.append(start_of(from_optax(x))) or x)(0.5)
     assert traced[0].startswith(
-        "the average starts from another value: they differ by alphaᵗ times the difference, 1 %"
+        "the average starts from a different value: they differ by alphaᵗ times the difference, which is 1%"
     )
     same = translate("optax", "optax", learning_rate=0.1, initial_scale=jnp.array(0.5))
     assert same.notes == ()
@@ -380,8 +380,16 @@ def test_buffer_changes_its_unit_by_a_traced_rate() -> None:
     [
         ((), ValueError, "state must contain an RMSPropState, got tuple without one"),
         (None, ValueError, "state must contain an RMSPropState, got NoneType without one"),
-        (state_of(0.0), ValueError, "state.momentum_buffer is None, but momentum is 0.5 in the setting that was"),
-        (state_of(centered=True), ValueError, "state.grad_avg is not None, but centered is False in the setting"),
+        (
+            state_of(0.0),
+            ValueError,
+            "state.momentum_buffer is None, which does not fit momentum=0.5 in the setting",
+        ),
+        (
+            state_of(centered=True),
+            ValueError,
+            "state.grad_avg is not None, which does not fit centered=False in",
+        ),
         (
             state_of()._replace(momentum_buffer={"w": jnp.ones(2, jnp.int32)}),
             TypeError,
@@ -510,7 +518,7 @@ def test_dreamer_is_a_buffer_of_added_steps_at_a_smaller_rate(make: Callable[[fl
 
 def test_note_on_bias_correction_says_how_far_apart_they_are() -> None:
     (note,) = translate("dreamer", "torch", beta1=0.0, beta2=0.9).notes
-    assert note == "the average is not bias-corrected: they differ by the factor 1 − alphaᵗ, 1 % after 44 steps"
+    assert note == "the average is not bias-corrected: they differ by the factor 1 − alphaᵗ, which is 1% after 44 steps"
 
 
 def test_ratio_knows_of_bias_correction() -> None:
@@ -540,6 +548,9 @@ GRADIENTS = np.random.default_rng(1).normal(size=(6, 2, 3)).astype(np.float32)
         ("dreamer", {"lr": 0.5, "beta1": 0.5, "beta2": 0.75, "eps": 0.25}, "keras"),
         ("optax", {"learning_rate": 0.5, "centered": True, "bias_correction": True, "momentum": 0.5}, "torch"),
         ("optax", {"learning_rate": 0.5, "centered": True, "momentum": 0.5}, "torch"),
+        ("optax", {"learning_rate": 0.5, "centered": True, "bias_correction": True}, "timm"),
+        ("tensorflow", {"learning_rate": 0.5, "decay": 0.75}, "dreamer"),
+        ("dreamer", {"lr": 0.5, "beta1": 0.5, "beta2": 0.75, "eps": 0.25}, "tensorflow"),
     ],
 )
 @pytest.mark.parametrize("steps", [0, 5])
@@ -559,7 +570,7 @@ def test_converted_state_is_that_of_the_target_on_the_same_gradients(
     before = state_after(translation.DIALECTS[source].build(**setting))
     converted, there = port.convert_state(before), state_after(port.build())
     assert converted.step == there.step == steps
-    if port.before["initial_scale"] == port.after["initial_scale"]:
+    if port.before["bias_correction"] != port.after["bias_correction"] or source == "optax":
         np.testing.assert_allclose(converted.square_avg, there.square_avg, rtol=1e-5)
     if port.after["centered"]:
         np.testing.assert_allclose(converted.grad_avg, there.grad_avg, rtol=1e-5)
@@ -623,3 +634,121 @@ def test_state_inside_of_another_is_converted_where_it_is(wrap: str) -> None:
     np.testing.assert_array_equal(after, 0.25 * before)
     assert float(jnp.abs(before).min()) > 0
     target.update(params, converted, params)
+
+
+# --- States that are not what init gives -----------------------------------------------------------------------
+
+
+def dreamer_state(steps: int = 3, **setting: Any) -> RMSPropState:
+    tx = dialects.dreamer(**setting)
+    state: RMSPropState = tx.init(jnp.zeros(2))
+    for _ in range(steps):
+        _, state = tx.update(jnp.array([1.0, -2.0]), state)
+    return state
+
+
+def test_state_of_many_runs_is_refused_unless_vmapped() -> None:
+    port = translate("dreamer", "torch")
+    states = jax.tree.map(lambda *x: jnp.stack(x), *(dreamer_state(steps) for steps in (1, 2, 5)))
+    with pytest.raises(ValueError, match=r"^state.step must be an int32 scalar .* with jax.vmap"):
+        port.convert_state(states)
+    together = jax.vmap(port.convert_state)(states)
+    alone = port.convert_state(dreamer_state(5))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[2], y, rtol=1e-6), together, alone)
+
+
+@pytest.mark.parametrize("step", [3, np.int64(3), np.array(3, np.int16)])
+def test_step_of_any_integer_is_read(step: Any) -> None:
+    port, state = translate("dreamer", "torch"), dreamer_state()
+    given = port.convert_state(state._replace(step=step))
+    jax.tree.map(np.testing.assert_array_equal, given[1:], port.convert_state(state)[1:])
+    with pytest.raises(TypeError, match=r"^state.step must be an int32 scalar"):
+        port.convert_state(state._replace(step=3.0))
+
+
+def test_state_of_nnx_is_converted_in_its_boxes() -> None:
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, dialects.dreamer(), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    converted = translate("dreamer", "torch").convert_state(optimizer.opt_state)
+    assert jax.tree.structure(converted) == jax.tree.structure(optimizer.opt_state)
+    weight = 1 - 0.999
+    np.testing.assert_allclose(jax.tree.leaves(converted.square_avg)[0], weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.999, np.float64(0.999), np.array(0.999)])
+def test_conversion_is_as_exact_as_double_precision(x64: None, beta: Any) -> None:
+    port = translate("dreamer", "torch", beta1=beta, beta2=beta)
+    grads = np.random.default_rng(0).normal(size=(7, 2))
+
+    def state(tx: optax.GradientTransformation) -> RMSPropState:
+        got: RMSPropState = tx.init(jnp.zeros(2))
+        for g in grads:
+            _, got = tx.update(jnp.asarray(g), got)
+        return got
+
+    converted, there = port.convert_state(state(dialects.dreamer(beta1=beta, beta2=beta))), state(port.build())
+    np.testing.assert_allclose(converted.square_avg, there.square_avg, rtol=1e-12)
+    back = port._replace(before=port.after, after=port.before).convert_state(converted)
+    np.testing.assert_allclose(back.momentum_buffer, state(dialects.dreamer(beta1=beta, beta2=beta))[3], rtol=1e-12)
+
+
+def test_conversion_keeps_small_complements_in_float32() -> None:
+    """1 − float32(0.999) is off by 1.3e-5."""
+    state = dreamer_state(1, beta1=0.999)
+    added = translate("dreamer", "torch", beta1=0.999).convert_state(state).momentum_buffer
+    np.testing.assert_allclose(added, state.momentum_buffer, rtol=1e-6)  # after one step, both hold that step
+
+
+def test_traced_rate_in_half_precision_does_not_overflow() -> None:
+    @jax.jit
+    def convert(lr: jax.Array, state: RMSPropState) -> RMSPropState:
+        return translate("keras", "torch", learning_rate=lr, momentum=0.5).convert_state(state)
+
+    rate = jnp.float16(1e-5)
+    np.testing.assert_allclose(convert(rate, state_of()).momentum_buffer["w"], 1 / np.float32(rate), rtol=1e-6)
+
+
+def test_numbers_of_mixed_precision_are_rescaled_under_strict_promotion(x64: None) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        port = translate("dreamer", "torch", lr=jnp.float32(0.5), beta1=jnp.float64(0.5))
+        assert float(port.arguments["lr"]) == 0.25
+
+
+# --- Ratios and notes of averaged steps --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "target"), [("dreamer", "torch"), ("torch", "dreamer")])
+def test_ratio_knows_of_averaged_steps(source: str, target: str) -> None:
+    """With gradients of one size, v is known; eps is too small to matter."""
+    names = translation.DIALECTS[source].names
+    port = translate(source, target, **{names["momentum"]: 0.75, names["alpha"]: 0.5, names["lr"]: 0.1})
+    ratio = run_of_ones(port.build()) / run_of_ones(
+        translation.DIALECTS[source].build(**{names["momentum"]: 0.75, names["alpha"]: 0.5, names["lr"]: 0.1})
+    )
+    np.testing.assert_allclose(port.step_ratio(1.0, 1), ratio[0], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^momentum must be constant for step_ratio, got a schedule"):
+        translate(source, target, **{names["momentum"]: lambda step: 0.5}).step_ratio(1.0, 1)
+
+
+def run_of_ones(tx: optax.GradientTransformation) -> np.ndarray:
+    state, updates = tx.init(jnp.zeros(1)), []
+    for _ in range(3):
+        update, state = tx.update(jnp.ones(1), state)
+        updates.append(float(update[0]))
+    return np.array(updates)
+
+
+def test_eps_of_0_has_no_place() -> None:
+    assert translate("torch", "keras", eps=0.0).notes == ()
+
+
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.chain(optax.clip(1.0), rmsprop()), optax.sgd(0.1)])
+def test_structure_of_anything_else_is_refused(tx: Any) -> None:
+    with pytest.raises(ValueError, match=r"^tx must be an RMSProp of rmsprop_jax, got "):
+        translation.structure_of(tx)
+
+
+def test_climbing_does_not_turn_the_sign_of_the_buffer() -> None:
+    assert translation.structure_of(rmsprop(maximize=True, momentum=0.9))["buffer_sign"] == 1

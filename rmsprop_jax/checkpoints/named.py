@@ -112,6 +112,13 @@ def build_optimizer(
     like = jax.eval_shape(tx.init, template)
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
     kept = [slot for slot in SLOTS if any(getattr(state, slot) is not None for state in states)]
+    for parameter in parameters:
+        lost = [slot for slot in parameter.slots if slot not in kept]
+        if lost:
+            raise ValueError(
+                f"the file has a {lost[0]} of {parameter.name!r}, but the transformation keeps none; build it with the "
+                "setting of the run"
+            )
 
     def filled(parameter: Parameter, slot: str) -> np.ndarray:
         if slot in parameter.slots:
@@ -231,7 +238,7 @@ def slots_by_name(
       ``square_avg``: nothing in it tells which others it has.
 
     Raises:
-      TypeError: if an array or a step of ``state`` has another type than ``init`` gives.
+      TypeError: if an array or a step of ``state`` has a type other than the one ``init`` gives.
       ValueError: if the parts of ``state`` do not fit each other or hold NaN, or if ``from_params`` does more than
         rearrange.
 
@@ -291,8 +298,14 @@ def _step_and_slots(state: optax.OptState) -> tuple[int, dict[str, chex.ArrayTre
             f"the parts of state are at different steps, {sorted(steps)}, but share one outside; set their steps to "
             "the one at which the run continues"
         )
-    trees = {slot: merge_trees("state", [getattr(part, slot) for part in parts.values()]) for slot in SLOTS}
-    return max(steps), trees
+    columns = {slot: [_slot_or_masks(part, slot) for part in parts.values()] for slot in SLOTS}
+    return max(steps), {slot: merge_trees("state", column) for slot, column in columns.items()}
+
+
+def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:
+    """The tree of a slot; masks in its place for a part without it, so that the other parts keep their containers."""
+    tree = getattr(part, slot)
+    return jax.tree.map(lambda _: optax.MaskedNode(), part.square_avg) if tree is None else tree
 
 
 def _check_part(place: str, part: RMSPropState) -> None:

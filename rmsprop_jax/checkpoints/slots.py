@@ -206,14 +206,14 @@ def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndar
     return result
 
 
-def average_of_squares(name: str, variance: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`variance`: ``square_avg ← variance + grad_avg²``.
+def average_of_squares(name: str, deviation: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
+    """The inverse of :func:`variance`: ``square_avg ← deviation + grad_avg²``, where ``deviation`` is the variance.
 
     Raises:
       ValueError: if a sum of finite numbers is infinite.
     """
-    result = _componentwise(lambda v, m: v + m * m, variance, grad_avg)
-    if (np.isinf(result) & ~np.isinf(variance) & ~np.isinf(grad_avg)).any():
+    result = _componentwise(lambda v, m: v + m * m, deviation, grad_avg)
+    if (np.isinf(result) & ~np.isinf(deviation) & ~np.isinf(grad_avg)).any():
         raise ValueError(
             f"square_avg + grad_avg² of {name!r}, which is the average of squares, is infinite in {result.dtype}; take "
             "a checkpoint from before the run diverged"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from rmsprop_jax.arguments import check_number, known, shown
-from rmsprop_jax.state import is_trainable, widened
+from rmsprop_jax.state import componentwise, is_trainable, widened
 
 
 def check_positive(name: str, value: Any) -> Any:
@@ -71,7 +71,7 @@ def clip_entries(limit: chex.Numeric) -> optax.GradientTransformation:
         bound = jnp.asarray(limit, part.dtype)
         return jnp.clip(part, -bound, bound)
 
-    return optax.stateless(lambda updates, _: jax.tree.map(_in_float32(lambda g: _componentwise(clip, g)), updates))
+    return optax.stateless(lambda updates, _: jax.tree.map(_in_float32(lambda g: componentwise(clip, g)), updates))
 
 
 def hold_weights_within(limit: chex.Numeric) -> optax.GradientTransformation:
@@ -100,7 +100,7 @@ def hold_weights_within(limit: chex.Numeric) -> optax.GradientTransformation:
         return jnp.where(jnp.abs(reached) > bound, toward(bound * (1 - margin)), first)
 
     def held(u: Any, p: Any) -> Any:
-        return _componentwise(hold, u, p) if is_trainable(u) and is_trainable(p) else u
+        return componentwise(hold, u, p) if is_trainable(u) and is_trainable(p) else u
 
     return _map_with_params(held)
 
@@ -137,15 +137,8 @@ def _in_float32(function: Callable[..., jax.Array]) -> Callable[..., Any]:
     return rounded
 
 
-def _componentwise(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """``function`` of real arrays, or of the real and of the imaginary parts of complex ones."""
-    if not jnp.iscomplexobj(arrays[0]):
-        return function(*arrays)
-    return jax.lax.complex(function(*(x.real for x in arrays)), function(*(x.imag for x in arrays)))
-
-
 def _shorter(g: jax.Array, excess: jax.Array) -> jax.Array:
-    return _componentwise(lambda part: part / excess.astype(part.dtype), g)
+    return componentwise(lambda part: part / excess.astype(part.dtype), g)
 
 
 def _norm(arrays: Sequence[Any]) -> jax.Array:
