@@ -13,7 +13,7 @@ function                      v starts at  denominator      order
 :func:`optax`                 0 (choice)   √(v + eps)       scale, −lr, buffer
 ============================  ===========  ===============  ==========================================
 
-v is the average of g². If ``centered``, the denominator uses the variance v − m² in its place, where m is the average of
+v is the average of g². If ``centered``, the denominator uses the variance v − m² in its place, with m the average of
 g. ``translation`` says how far apart two of them are.
 
 Every function has the argument names, the order and the defaults of its source. Its docstring describes only what
