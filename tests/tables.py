@@ -67,15 +67,23 @@ def dialect_table() -> str:
 
 
 def recipe_table() -> str:
-    """One row for each recipe: the call, what it is, where it was read."""
-    lines = ["| recipe | what it is | source |", "|---|---|---|"]
-    for name, function in vars(recipes).items():
-        if inspect.isfunction(function) and function.__module__ == recipes.__name__ and not name.startswith("_"):
-            documentation = inspect.getdoc(function)
-            what = documentation.splitlines()[0].removesuffix(".").replace("``", "`")
-            source = " ".join(documentation.split("Source: ")[1].split()).removesuffix(".").replace("``", "`")
-            lines.append(f"| `recipes.{name}({signature(function)})` | {what} | {source} |")
-    return "\n".join(lines)
+    """A table for each family with a row for each recipe: what it is, the unit of its gradient, where it was read."""
+    tables = []
+    for family, rows in itertools.groupby(
+        sorted(recipes.RECIPES.values(), key=lambda row: (row.family, row.name)), key=lambda row: row.family
+    ):
+        lines = [
+            f"### {family.capitalize()}\n",
+            "| recipe | what it is | unit of the gradient | left to the caller | source |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            required = [p.name for p in inspect.signature(row.build).parameters.values() if p.default is p.empty]
+            call = f"`{row.name}({', '.join([*required, '…'])})`"
+            what = row.summary.replace("``", "`")
+            lines.append(f"| {call} | {what} | {row.gradient} | {row.caller} | {row.reference()} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def floor_table() -> str:

@@ -64,7 +64,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "rmsprop": rmsprop,
     "scale_by_rmsprop": scale_by_rmsprop,
     **public(dialects),
-    **public(recipes),
+    **{f"recipes.{name}": row.build for name, row in recipes.RECIPES.items()},
 }
 BUILDERS = FUNCTIONS | {f"translate.{source}": self_translation(source) for source in translation.DIALECTS}
 

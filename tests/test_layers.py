@@ -37,7 +37,18 @@ ROOMS: dict[str, Room] = {
     "diagnostics": Room(4, {"state", "arguments", "figures"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
     "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots"}),
-    "recipes": Room(5, {"state", "arguments", "transform", "dialects"}),
+    "recipes.clipping": Room(2, {"state", "arguments"}),
+    "recipes.schedules": Room(3, {"arguments", "recipes.clipping"}),
+    "recipes.entry": Room(4, {"state", "arguments", "recipes.schedules"}),
+    "recipes.reinforcement": Room(
+        5, {"transform", "dialects", "recipes.clipping", "recipes.schedules", "recipes.entry"}
+    ),
+    "recipes.sequences": Room(5, {"transform", "dialects", "recipes.clipping", "recipes.schedules", "recipes.entry"}),
+    "recipes.images": Room(5, {"transform", "dialects", "recipes.clipping", "recipes.schedules", "recipes.entry"}),
+    "recipes": Room(
+        6,
+        {"recipes.entry", "recipes.schedules", "recipes.reinforcement", "recipes.sequences", "recipes.images"},
+    ),
     "translation": Room(5, {"equations", "state", "arguments", "lift", "transform", "dialects", "conversion"}),
     "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
     "summary": Room(5, {"state", "figures", "diagnostics"}),

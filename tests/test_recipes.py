@@ -1,4 +1,4 @@
-"""Every recipe against the rule that ``recipe_rules`` has for it, the table of recipes, and what surrounds the RMSProp."""
+"""Every recipe against its rule in ``recipe_rules``, the table of recipes, and what surrounds the RMSProp."""
 
 import inspect
 import math
@@ -138,7 +138,7 @@ def test_schedule_is_that_of_the_source_at_every_boundary(x64: None, name: str) 
     schedule = jax.jit(schedule_of(name))
     for boundary in BOUNDARIES[name]:
         for step in {math.floor(boundary) + d for d in (-1, 0, 1, 2)} - {-1}:
-            np.testing.assert_allclose(schedule(jnp.int32(step)), RATES[name](step), rtol=1e-10, atol=1e-22)
+            np.testing.assert_allclose(schedule(jnp.int32(step)), RATES[name](step), rtol=1e-10, atol=1e-18)
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -175,7 +175,7 @@ def test_lr_may_be_another_number_or_another_schedule(name: str) -> None:
     assert query.answers[0].settings.lr is own
     published = inspect.signature(getattr(schedules, name)).parameters["lr"].default
     assert published == inspect.signature(RECIPES[name].build).parameters["lr"].default
-    if name != "inception_v4_tpu":  # whose first epoch has a rate of its own
+    if name not in ("inception_v4_tpu", "efficientnet_b2_timm"):  # whose first epochs have rates of their own
         step = jnp.int32(57)
         np.testing.assert_allclose(schedule_of(name, lr=2 * published)(step), 2 * schedule_of(name)(step), rtol=1e-3)
 
@@ -189,21 +189,23 @@ def test_every_number_reaches_the_rule(name: str) -> None:
     params = {"w": jnp.array([0.5, -0.25]) * 0.01, "b": jnp.array([0.001])}
     gradients = [jax.tree.map(lambda p, i=i: (100.0 + i) * p / 0.01, params) for i in range(3)]
 
+    masks = {"weight_decay_mask": True} if "weight_decay_mask" in parameters else {}
+
     def last(**arguments: Any) -> Any:
-        tx = build(
-            name,
-            **required(name) | ({"weight_decay_mask": True} if "weight_decay_mask" in parameters else {}) | arguments,
-        )
+        tx = build(name, **masks | arguments)
         state, updates = tx.init(params), None
         for g in gradients:
             updates, state = tx.update(g, state, params)
         return state, updates
 
-    plain = last(lr=0.5)
+    rates = {"lr": lambda step: 1e-4}
+    plain = last(**rates)
     for number in numbers:
-        other = {"lr": 0.25, "alpha": 0.5, "beta1": 0.25, "beta2": 0.5, "eps": 1e3, "momentum": 0.5}.get(number, 1e-3)
+        other = {"lr": lambda step: 5e-5, "alpha": 0.5, "beta1": 0.25, "beta2": 0.5, "eps": 1e3, "momentum": 0.5}.get(
+            number, 1e-3
+        )
         other = {"weight_decay": 0.5, "smallest_norm": 1e-1}.get(number, other)
-        changed = last(**{"lr": 0.5} | {number: other})
+        changed = last(**rates | {number: other})
         pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=False)
         assert any(not np.array_equal(x, y) for x, y in pairs), number
 
@@ -217,9 +219,7 @@ def test_first_update_of_dreamer_is_zero() -> None:
 
 # --- The unit of the gradient --------------------------------------------------------------------------------
 
-SUMS = sorted(
-    name for name, row in RECIPES.items() if "sum of the loss" in row.gradient or name in ("dqn_nature", "a3c")
-)
+SUMS = [*sorted(name for name, row in RECIPES.items() if row.gradient.startswith("the sum of the loss")), "dqn_nature"]
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -234,7 +234,7 @@ def test_scaled_gradient_of_a_mean_loss_takes_the_steps_of_the_sum(name: str) ->
         np.testing.assert_allclose(first, second, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dqn_nature", "impala", "torchbeast", "a2c"])
+@pytest.mark.parametrize("name", ["dqn_nature", "dqn_dopamine", "dqn_minatar", "a2c", "graves", "qmix"])
 def test_mean_loss_step_ratio_comes_true(x64: None, name: str) -> None:
     """After 3,000 updates with gradients of alternating sign, which have a mean of 0 and are not clipped."""
     terms, size, params = 32, 1e-3, jnp.zeros(1)
@@ -246,13 +246,9 @@ def test_mean_loss_step_ratio_comes_true(x64: None, name: str) -> None:
             update, state = tx.update(scale * size * sign * jnp.ones(1), state, params)
             return state, update
 
-        state, updates = jax.lax.scan(
-            step, tx.init(params), jnp.tile(jnp.array([1.0, -1.0]), 10 if name in RATES else 1500)
-        )
+        updates = jax.lax.scan(step, tx.init(params), jnp.tile(jnp.array([1.0, -1.0]), 1500))[1]
         return float(jnp.abs(updates[-1, 0]))
 
-    if name in RATES:  # the averages have to be warm before the schedule ends
-        pytest.skip("the schedule ends too early")
     ratio = recipes.mean_loss_step_ratio(build(name), size, terms)
     np.testing.assert_allclose(ratio, last(1.0) / last(float(terms)), rtol=5e-2)
 
@@ -337,15 +333,13 @@ def enough(name: str, count: str) -> dict[str, Any]:
         "torchbeast": {"total_steps": LAST_STEP, "unroll_length": 1, "batch_size": 1},
         "a2c_baselines": {"total_steps": LAST_STEP, "samples_per_update": 1},
         "a3c": {"total_steps": LAST_STEP, "steps_per_update": 1},
-    }.get(name, {})
+    }.get(name, {"steps_per_epoch": 100.0} if count == "batch_size" else {})
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTED)
 def test_count_has_no_width(name: str, count: str) -> None:
     """``np.int16(20000)`` doubled is negative, and ``np.int8(127)`` plus 1."""
-    others = enough(name, count) | (
-        {"total_steps": 20_000} if count != "total_steps" and name in ("torchbeast",) else {}
-    )
+    others = enough(name, count)
     for value in (np.int8(127), np.uint8(200), np.int16(20_000), np.array(20_000, np.int16), jnp.int16(20_000)):
         expected = schedule_of(name, **others | {count: int(value)})
         given = schedule_of(name, **others | {count: value})
@@ -361,7 +355,7 @@ def test_largest_count_gives_the_rate_of_the_formula(x64: None, name: str, count
     schedule = schedule_of(name, **others | {count: LAST_STEP})
     for step in (0, 1, 7, LAST_STEP - 1, LAST_STEP):
         want = RATES[name](step, **others | {count: LAST_STEP})
-        np.testing.assert_allclose(schedule(jnp.int32(step)), want, rtol=1e-9, atol=1e-22)
+        np.testing.assert_allclose(schedule(jnp.int32(step)), want, rtol=1e-9, atol=1e-18)
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTED)

@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_number, known, shown
@@ -86,21 +87,21 @@ def hold_weights_within(limit: chex.Numeric) -> optax.GradientTransformation:
     limit = check_positive("limit", limit)
 
     def hold(u: jax.Array, p: jax.Array) -> jax.Array:
-        u, p = jnp.asarray(u), jnp.asarray(p)
-        common = jnp.promote_types(u.dtype, p.dtype)  # in which apply_updates adds
-        wide = jnp.promote_types(common, jnp.float32)
-        aim = p.astype(wide) + u.astype(wide)
+        common = _wider(u.dtype, p.dtype)  # in which apply_updates adds
+        wide = _wider(common, jnp.dtype(jnp.float32))
+        start = p.astype(wide)
+        aim = start + u.astype(wide)
 
         def toward(bound: jax.Array) -> jax.Array:
-            return (jnp.clip(aim, -bound, bound) - p.astype(wide)).astype(u.dtype)
+            return _rounded(jnp.clip(aim, -bound, bound) - start, u.dtype)
 
         bound, margin = jnp.asarray(limit, wide), 4 * max(float(jnp.finfo(x.dtype).eps) for x in (u, p))
         first = toward(bound)
-        reached = (p.astype(common) + first.astype(common)).astype(p.dtype).astype(wide)
-        return jnp.where(jnp.abs(reached) > bound, toward(bound * (1 - margin)), first)
+        reached = _rounded(_rounded(start + first, common), p.dtype)
+        return jnp.where(jnp.abs(reached) > bound, toward(bound * (1 - margin)), first).astype(u.dtype)
 
     def held(u: Any, p: Any) -> Any:
-        return componentwise(hold, u, p) if is_trainable(u) and is_trainable(p) else u
+        return componentwise(hold, jnp.asarray(u), jnp.asarray(p)) if is_trainable(u) and is_trainable(p) else u
 
     return _map_with_params(held)
 
@@ -113,11 +114,12 @@ def _map_with_params(function: Callable[[Any, Any], Any]) -> optax.GradientTrans
         if params is None:
             raise ValueError("params must be given: call update(updates, state, params)")
         try:
-            return jax.tree.map(function, updates, params, is_leaf=lambda u: u is None)
+            jax.tree.map(lambda u, p: None, updates, params, is_leaf=lambda u: u is None)
         except ValueError:
             paths = [{jax.tree_util.keystr(path) for path in _paths(tree)} for tree in (updates, params)]
             where = shown(min(paths[0] ^ paths[1], default="their containers"))
             raise ValueError(f"updates must have the structure of params, but they differ in {where}") from None
+        return jax.tree.map(function, updates, params, is_leaf=lambda u: u is None)
 
     return optax.stateless(update)
 
@@ -156,3 +158,18 @@ def _norm(arrays: Sequence[Any]) -> jax.Array:
     small = 2.0 ** (-3 * limits.maxexp // 4)
     result: jax.Array = jax.lax.cond(jnp.isinf(direct), lambda: norm(small), lambda: direct)
     return result
+
+
+def _wider(dtype: np.dtype, other: np.dtype) -> np.dtype:
+    """The wider of two floating dtypes; float32 for two of 16 bits, of which neither holds the other."""
+    if dtype == other or jnp.finfo(dtype).bits > jnp.finfo(other).bits:
+        return dtype
+    return other if jnp.finfo(other).bits > jnp.finfo(dtype).bits else jnp.dtype(jnp.float32)
+
+
+def _rounded(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``x`` with the precision of ``dtype``, in its own dtype. XLA leaves out a cast that is undone at once."""
+    limits = jnp.finfo(dtype)
+    if limits.bits >= jnp.finfo(x.dtype).bits:
+        return x
+    return jax.lax.reduce_precision(x, limits.nexp, limits.nmant)
