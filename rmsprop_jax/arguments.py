@@ -163,6 +163,20 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_mask(name: str, value: Any) -> Any:
+    """Returns a mask unchanged, if it is not the parameters themselves. Its leaves are checked beside the parameters.
+
+    Raises:
+      TypeError: if an array is in it.
+    """
+    hint = _hint_at_init(value)
+    if hint:
+        raise TypeError(
+            f"{name} must be a tree of True and False, or a function from params to one, {_got(value)}{hint}"
+        )
+    return value
+
+
 def check_float_dtype(name: str, value: Any) -> np.dtype | None:
     """Returns a real floating dtype as a ``np.dtype``, or None for None.
 

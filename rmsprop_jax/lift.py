@@ -22,6 +22,7 @@ from rmsprop_jax.arguments import (
     check_eps,
     check_flag,
     check_float_dtype,
+    check_mask,
     check_number,
     check_smoothing,
     is_zero,
@@ -125,7 +126,7 @@ def transformation(
     if bias_correction and known(initial_scale) not in (None, 0.0):
         raise ValueError(f"initial_scale must be 0 with bias_correction, which forgets the start, got {initial_scale}")
     settings = Settings(numbers.get("lr", 1.0), numbers.get("eps", 0.0), algorithm.has(divide_eps_inside))
-    mask_is_function = _is_function(weight_decay_mask)
+    mask_is_function = _is_function(check_mask("weight_decay_mask", weight_decay_mask))
 
     def init(params: optax.Params) -> RMSPropState:
         check_params(params)

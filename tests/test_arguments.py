@@ -25,6 +25,7 @@ from rmsprop_jax import arguments, dialects, recipes, rmsprop, scale_by_rmsprop,
 KINDS: dict[str, list[Any]] = {
     "number": [optax.ScalarOrSchedule, optax.ScalarOrSchedule | None, chex.Numeric, ArrayLike, float],
     "count": [int],
+    "epoch": [chex.Numeric | None],  # of the recipes, which have tests of their own
     "flag": [bool],
     "dtype": [DTypeLike | None],
     "mask": [Any, Any | Callable[[optax.Params], Any], Any | Callable[[optax.Params], Any] | None],
@@ -69,7 +70,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 BUILDERS = FUNCTIONS | {f"translate.{source}": self_translation(source) for source in translation.DIALECTS}
 
 
+# Numbers of the recipes with a range of their own, which is tested with the recipes.
+IN_A_RANGE = {"max_norm", "limit", "clipping", "smallest_norm", "total_frames"}
+
+
 def kind_of(parameter: inspect.Parameter) -> str:
+    if parameter.name in IN_A_RANGE:
+        return "in a range"
     return next(kind for kind, annotations in KINDS.items() if parameter.annotation in annotations)
 
 

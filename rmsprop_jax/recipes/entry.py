@@ -15,6 +15,7 @@ from optax import GradientTransformation, GradientTransformationExtraArgs
 
 from rmsprop_jax.arguments import (
     check_eps,
+    check_mask,
     check_number_or_schedule,
     check_numbers,
     check_smoothing,
@@ -70,6 +71,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("lr", "momentum", "weight_decay"), check_number_or_schedule),
     **dict.fromkeys(("alpha", "beta1", "beta2"), check_smoothing),
     "eps": check_eps,
+    "weight_decay_mask": check_mask,
 }
 
 
