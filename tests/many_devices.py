@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compare import assert_close
-from rmsprop_jax import rmsprop
+from rmsprop_jax import recipes, rmsprop
 from test_promises import TRANSFORMATIONS, ULPS, built, for_all, quick_jit, updates_of_all
 
 # Sharded along its first axis, and along its last one.
@@ -141,6 +141,25 @@ def check_state_that_enters_shard_map() -> None:
     assert_is_one_device(quick_jit(many)(grads, state, PARAMS), tx.update(grads, state, PARAMS))
 
 
+def check_clipping(kind: str) -> None:
+    """The norms of recipes are those of whole arrays, wherever their parts lie; 1e30 squared is infinite in float32."""
+    mesh, chains = make_mesh(kind), {name: getattr(recipes, name)() for name in ("dreamer_v3", "a2c", "wgan_critic")}
+
+    @quick_jit
+    def step(params: Any, grads: Any) -> Any:
+        return {name: tx.update(grads, tx.init(params), params) for name, tx in chains.items()}
+
+    for size in (1.0, 1e30):
+        grads = jax.tree.map(lambda g, size=size: size * g[0], GRADIENTS)
+        with within(mesh):
+            placed = [
+                {name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in tree.items()}
+                for tree in (PARAMS, grads)
+            ]
+            found = step(*placed)
+        assert_is_one_device(found, step(PARAMS, grads))
+
+
 def main() -> None:
     """All checks, one after the other."""
     assert jax.device_count() == 4
@@ -149,6 +168,8 @@ def main() -> None:
         check_shard_map(expected)
     check_mesh("Auto", expected)
     check_mesh("Explicit", expected)
+    check_clipping("Auto")
+    check_clipping("Explicit")
     check_state_that_enters_shard_map()
     check_compilations()
 
