@@ -57,8 +57,8 @@ def warnings_in(notebook: Any) -> list[str]:
     return [line for line in lines if not re.match(r"\s*\d+%\|", line)]
 
 
-def test_the_six_notebooks_are_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+def test_the_notebooks_are_there() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
 
 
 @pytest.mark.notebook

@@ -6,7 +6,7 @@ Optax schedule: to plot, to log, to shift for a run that is resumed, or to chang
     >>> from rmsprop_jax import recipes
     >>> schedule = recipes.schedules.efficientnet(batch_size=256)
     >>> print(f"{schedule(10_000):.4f} {schedule(30_000):.4f}")
-    0.0064 0.0141
+    0.0064 0.0151
     >>> optimizer = recipes.efficientnet(None, lr=lambda step: schedule(step + 50_000))
 
 The numbers are in JAX's own float: float32, or float64 with ``jax_enable_x64``. A count is a whole number from 1 to
