@@ -31,7 +31,6 @@ def check_state(place: str, state: RMSPropState, setting: dict[str, Any]) -> Non
                 f"{place}.{name} is {there}, which does not fit {argument}={shown(setting[argument])} in the setting "
                 "that was translated; translate the one that the state belongs to"
             )
-    checked_step(step_of(state))
     for name in ("square_avg", *kept):
         for path, slot in jax.tree_util.tree_leaves_with_path(getattr(state, name)):
             if not jnp.issubdtype(getattr(slot, "dtype", bool), jnp.inexact):
@@ -40,10 +39,12 @@ def check_state(place: str, state: RMSPropState, setting: dict[str, Any]) -> Non
 
 
 def converted(state: RMSPropState, before: dict[str, Any], after: dict[str, Any]) -> RMSPropState:
-    """The state of a run with the setting ``after``, from that of a run with ``before``."""
-    step = checked_step(step_of(state))
+    """The state of a run with the setting ``after``, from that of a run with ``before``.
+
+    Only what depends on the step needs one state at a time. A change of the buffer's unit serves a stack of them, too.
+    """
     if before["bias_correction"] != after["bias_correction"]:
-        state = _with_other_averages(state, step, before, after)
+        state = _with_other_averages(state, checked_step(step_of(state)), before, after)
     if not has_buffer(after):
         return state._replace(momentum_buffer=None)
     if not has_buffer(before):  # momentum is 0: the first update overwrites what is in the new buffer
@@ -52,6 +53,7 @@ def converted(state: RMSPropState, before: dict[str, Any], after: dict[str, Any]
     if before["lr_in_buffer"] and not after["lr_in_buffer"]:
         factor = factor / _unit_of_buffer(before["lr"])
     if before["averages_steps"] != after["averages_steps"]:
+        step = checked_step(step_of(state))
         weight = _weight("momentum", before["momentum"], step)
         added = jnp.where(step == 0, 1.0, weight) / one_minus(before["momentum"])
         factor = factor / added if after["averages_steps"] else factor * added

@@ -654,6 +654,8 @@ def test_state_of_many_runs_is_refused_unless_vmapped() -> None:
         port.convert_state(states)
     together = jax.vmap(port.convert_state)(states)
     alone = port.convert_state(dreamer_state(5))
+    units = translate("keras", "torch", learning_rate=0.5, momentum=0.9).convert_state(states)  # needs no step
+    np.testing.assert_array_equal(units.momentum_buffer, 2 * states.momentum_buffer)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[2], y, rtol=1e-6), together, alone)
 
 
