@@ -177,6 +177,17 @@ def check_mask(name: str, value: Any) -> Any:
     return value
 
 
+def check_returned(name: str, value: Any) -> Any:
+    """Returns what the function ``name`` returned, unless that is nothing.
+
+    Raises:
+      TypeError: if it is ``None``.
+    """
+    if value is None:
+        raise TypeError(f"the function {name} returned None; return a tree of bools like params")
+    return value
+
+
 def check_float_dtype(name: str, value: Any) -> np.dtype | None:
     """Returns a real floating dtype as a ``np.dtype``, or None for None.
 

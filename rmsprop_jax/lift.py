@@ -24,6 +24,7 @@ from rmsprop_jax.arguments import (
     check_float_dtype,
     check_mask,
     check_number,
+    check_returned,
     check_smoothing,
     is_zero,
     known,
@@ -142,7 +143,9 @@ def transformation(
         state = checked_state(state, algorithm.slots())
         trained, decays = _trained(params, updates), None
         if algorithm.decays():
-            mask = weight_decay_mask(params) if mask_is_function and params is not None else weight_decay_mask
+            mask = weight_decay_mask
+            if mask_is_function and params is not None:
+                mask = check_returned("weight_decay_mask", mask(params))
             decays = _decays(mask, params, trained)
         done: tuple[optax.Updates, RMSPropState]
         done = _update_tree(algorithm, _at_step(algorithm, numbers, state.step), updates, state, trained, decays)

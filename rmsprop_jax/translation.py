@@ -391,7 +391,7 @@ def _notes(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, ...]:
     if after["bias_correction"] != before["bias_correction"]:
         not_ = "" if after["bias_correction"] else "not "
         factor = _one_minus_power_in_words("alpha", before["alpha"])
-        notes.append(f"the average is {not_}bias-corrected: they differ by the factor {factor}")
+        notes.append(f"the average is {not_}bias-corrected: the averages differ by the factor {factor}")
     if not is_zero(before["momentum"]) and after["lr_in_buffer"] != before["lr_in_buffer"]:
         not_ = "" if after["lr_in_buffer"] else "not "
         notes.append(f"the learning rate is {not_}in the momentum buffer: the same as long as it is constant")
@@ -417,7 +417,7 @@ def _note_on_start(start: float | None, old_start: float | None, alpha: Any) -> 
 
 def _one_minus_power_in_words(name: str, number: Any) -> str:
     power = f"the product of all {name}s so far" if callable(number) else f"{name}ᵗ"
-    return f"1 − {power}{_duration(number)}"
+    return f"1 − {power}{_duration(number).replace('1%', 'within 1% of 1')}"
 
 
 def _duration(alpha: Any) -> str:

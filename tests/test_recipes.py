@@ -39,6 +39,10 @@ def schedule_of(name: str, **arguments: Any) -> Callable[[Any], Any]:
     return getattr(schedules, name)(**needed | arguments)
 
 
+def recipe_rules_arguments(name: str) -> set[str]:
+    return set(inspect.signature(RATES[name]).parameters)
+
+
 def counts(name: str) -> list[str]:
     """The arguments of a recipe that are whole numbers."""
     parameters = inspect.signature(RECIPES[name].build).parameters.values()
@@ -150,6 +154,24 @@ def test_schedule_in_float32_is_that_of_float64(name: str) -> None:
     for step in (0, 1, LAST_STEP - 1, LAST_STEP):
         found = float(schedule(jnp.int32(step)))
         assert 0 <= found < 10
+
+
+@pytest.mark.parametrize("epoch", [21, 41, 47, 55])
+@pytest.mark.parametrize("name", [name for name in RATES if "steps_per_epoch" in recipe_rules_arguments(name)])
+def test_schedule_in_float32_falls_at_the_very_step(name: str, epoch: int) -> None:
+    """XLA multiplies by the reciprocal of a constant, which is off at whole multiples."""
+    steps = np.arange(40 * epoch)
+    found = jax.jit(jax.vmap(schedule_of(name, steps_per_epoch=epoch)))(steps.astype(np.int32))
+    want = [RATES[name](int(n), steps_per_epoch=epoch) for n in steps]
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
+def test_arguments_of_the_schedule_are_checked_even_if_lr_replaces_it() -> None:
+    with pytest.raises(ValueError, match=r"^batch_size must be a whole number"):
+        recipes.efficientnet(None, batch_size=-5, lr=lambda step: 0.1)
+    with pytest.raises(TypeError, match=r"^steps_per_epoch must be a whole number"):
+        recipes.char_rnn("x", lr=lambda step: 0.1)
+    assert float(schedules.inception_v3_tpu(1024, 1e9)(jnp.int32(7))) > 0
 
 
 @pytest.mark.parametrize("name", RATES)

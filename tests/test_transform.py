@@ -1201,3 +1201,36 @@ def test_arrays_as_numbers_cost_no_operation_outside_the_program() -> None:
 def test_type_in_place_of_an_array_is_a_leaf_without_slot() -> None:
     state = rmsprop().init({"w": jnp.ones(2), "dtype": np.float32})
     assert state.square_avg["dtype"] is None
+
+
+def test_array_without_gradient_beside_a_number_has_a_zero_update() -> None:
+    params, tx = {"w": jnp.ones(2), "v": jnp.ones(3), "half": 0.5}, rmsprop(momentum=0.9)
+    updates, _ = tx.update({"w": jnp.ones(2), "v": None, "half": None}, tx.init(params), params)
+    np.testing.assert_array_equal(updates["v"], np.zeros(3))
+
+
+def test_mask_beside_a_number_without_gradient() -> None:
+    params = {"w": jnp.ones(2), "half": 0.5, "v": jnp.ones(2)}
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask={"w": True, "half": True, "v": False})
+    updates, _ = tx.update({"w": jnp.zeros(2), "half": None, "v": jnp.zeros(2)}, tx.init(params), params)
+    assert (updates["w"] != 0).all()
+    assert (updates["v"] == 0).all()
+    assert updates["half"] is None
+
+
+def test_mask_function_is_not_called_without_params_and_has_to_return_something() -> None:
+    params = {"w": jnp.ones(1)}
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=lambda params: dict.fromkeys(params, True))
+    with pytest.raises(ValueError, match=r"^params must be given where weight_decay is"):
+        tx.update(params, tx.init(params))
+    tx = rmsprop(weight_decay=0.1, weight_decay_mask=lambda params: None)
+    with pytest.raises(TypeError, match=r"^the function weight_decay_mask returned None; return a tree of bools"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_schedule_of_eps_and_alpha_is_checked_like_a_number() -> None:
+    g = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"^the schedule of eps must be 0 or at least"):
+        rmsprop(eps=lambda s: 1e-40).update(g, rmsprop().init(g))
+    with pytest.raises(ValueError, match=r"^the schedule of alpha must be a number in \[0, 1\)"):
+        rmsprop(alpha=lambda s: 1.0).update(g, rmsprop().init(g))

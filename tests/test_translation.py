@@ -19,6 +19,7 @@ from rmsprop_jax.translation import translate
 DIALECTS = tuple(name for name in translation.DIALECTS if name not in ("dqn", "dreamer"))
 PAIRS = [(source, target) for source in DIALECTS for target in DIALECTS if "torch" in (source, target)]
 # Exact in every dtype, and so are the square and the root of eps.
+WITHIN = ", which is within 1% of 1 after {} steps"
 NUMBERS = {"lr": 0.25, "alpha": 0.5, "eps": 0.0625, "momentum": 0.5}
 
 
@@ -518,7 +519,7 @@ def test_dreamer_is_a_buffer_of_added_steps_at_a_smaller_rate(make: Callable[[fl
 
 def test_note_on_bias_correction_says_how_far_apart_they_are() -> None:
     (note,) = translate("dreamer", "torch", beta1=0.0, beta2=0.9).notes
-    assert note == "the average is not bias-corrected: they differ by the factor 1 − alphaᵗ, which is 1% after 44 steps"
+    assert note == f"the average is not bias-corrected: the averages differ by the factor 1 − alphaᵗ{WITHIN.format(44)}"
 
 
 def test_ratio_knows_of_bias_correction() -> None:
@@ -754,3 +755,105 @@ def test_structure_of_anything_else_is_refused(tx: Any) -> None:
 
 def test_climbing_does_not_turn_the_sign_of_the_buffer() -> None:
     assert translation.structure_of(rmsprop(maximize=True, momentum=0.9))["buffer_sign"] == 1
+
+
+# --- Edges that mutations found -----------------------------------------------------------------------------------
+
+
+def test_integer_average_is_refused() -> None:
+    state = rmsprop(momentum=0.5).init({"w": jnp.zeros(2)})
+    wrong = state._replace(square_avg={"w": jnp.ones(2, jnp.int32)})
+    with pytest.raises(TypeError, match=r"^state.square_avg\['w'\] must be a floating or complex array, got Array"):
+        translate("torch", "keras", momentum=0.5).convert_state(wrong)
+
+
+def test_start_that_is_taken_out_leaves_no_negative_average() -> None:
+    port = translate("tensorflow", "dreamer", learning_rate=0.1, decay=0.9)
+    state = dialects.tensorflow(learning_rate=0.1, decay=0.9).init(jnp.zeros(3))
+    state = state._replace(step=jnp.int32(5), square_avg=jnp.full(3, 0.9**5 * (1 - 2e-6), jnp.float32))
+    np.testing.assert_array_equal(port.convert_state(state).square_avg, np.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_averages_keep_their_dtype_under_strict_promotion(x64: None, dtype: str) -> None:
+    setting = dict(learning_rate=0.5, momentum=0.5, centered=True, decay=0.75)
+    there = translate("optax", "optax", **setting, bias_correction=True)
+    port = there._replace(after=there.after | {"bias_correction": False})
+    state = rmsprop(momentum=0.5, centered=True, accumulator_dtype=dtype).init(jnp.ones(2))._replace(step=jnp.int32(3))
+    with jax.numpy_dtype_promotion("strict"):
+        for p in (port, port._replace(before=port.after, after=port.before)):
+            assert [slot.dtype for slot in p.convert_state(state)[1:]] == [jnp.dtype(dtype)] * 3
+
+
+@pytest.mark.parametrize("change", [{"momentum_buffer": None}, {"square_avg": {"w": jnp.ones(2, int)}}])
+def test_every_state_is_checked_and_named_by_its_place(change: Any) -> None:
+    good = rmsprop(momentum=0.5).init({"w": jnp.zeros(2)})
+    message = r"^state\[1\]\['inner'\]\.(momentum_buffer is None|square_avg\['w'\] must)"
+    with pytest.raises((TypeError, ValueError), match=message):
+        translate("torch", "keras", momentum=0.5).convert_state((good, {"inner": good._replace(**change)}))
+
+
+def test_state_of_no_parameters_is_converted() -> None:
+    state = rmsprop(momentum=0.5).init(None)
+    assert translate("torch", "keras", momentum=0.5).convert_state(state)[1:] == (None, None, None)
+
+
+@pytest.mark.parametrize(("source", "target"), [("dreamer", "torch"), ("torch", "dreamer")])
+def test_ratio_of_averaged_steps_depends_on_the_step(source: str, target: str) -> None:
+    names = translation.DIALECTS[source].names
+    port = translate(source, target, **{names["momentum"]: 0.75, names["alpha"]: 0.5, names["lr"]: 0.1})
+    plain = port._replace(before=port.before | {"averages_steps": False}, after=port.after | {"averages_steps": False})
+    weight = 1 - 0.75 ** np.array([1, 2, 3])
+    ratio = port.step_ratio(1.0, [1, 2, 3]) / plain.step_ratio(1.0, [1, 2, 3])
+    np.testing.assert_allclose(ratio, weight if source == "dreamer" else 1 / weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("scheduled", "second"), [("lr", 0.125), ("beta1", 0.375)])
+def test_rate_and_momentum_may_be_schedules_one_at_a_time(scheduled: str, second: float) -> None:
+    port = translate("dreamer", "torch", **{"lr": 0.5, "beta1": 0.5, scheduled: lambda step: 0.5 / (1 + step)})
+    assert [float(port.arguments["lr"](jnp.int32(step))) for step in (0, 1)] == [0.25, second]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "allowed"), [("momentum", 1.0, r"a number in \[0, 1\)"), ("lr", -1.0, "a number ≥ 0")]
+)
+def test_schedules_of_a_rescaled_rate_are_checked(name: str, wrong: float, allowed: str) -> None:
+    port = translate("torch", "dreamer", **{name: lambda step: wrong})
+    with pytest.raises(ValueError, match=rf"^the schedule of {name} must be {allowed}"):
+        port.arguments["lr"](0)
+
+
+def test_rmsprop_inside_of_something_that_fails_is_refused() -> None:
+    def update(*args: Any, **kwargs: Any) -> Any:
+        rmsprop().update(*args, **kwargs)
+        raise TypeError("no gradients")
+
+    with pytest.raises(ValueError, match=r"^tx must be an RMSProp of rmsprop_jax"):
+        translation.structure_of(optax.GradientTransformationExtraArgs(rmsprop().init, update))
+
+
+@pytest.mark.parametrize("nothing", [0, np.array(0.0), jnp.array(0.0)])
+def test_momentum_of_zero_is_translated_into_a_dialect_without(nothing: Any) -> None:
+    assert "momentum" not in translate("torch", "dqn", centered=True, momentum=nothing).arguments
+
+
+def test_notes_on_averages_go_both_ways() -> None:
+    there = translate("torch", "dreamer", momentum=0.5, alpha=0.9, lr=0.1).notes
+    average, buffer = (
+        "the average is {}bias-corrected: the averages differ by the factor 1 − {}",
+        "the momentum buffer ",
+    )
+    assert average.format("", f"alphaᵗ{WITHIN.format(44)}") in there
+    averages = "averages the steps: lr is divided by 1 − momentum, and the first steps by 1 − momentumᵗ"
+    assert f"{buffer}{averages}{WITHIN.format(7)}" in there
+    back = translate("dreamer", "torch", beta1=lambda step: 0.5, beta2=lambda step: 0.9).notes
+    assert average.format("not ", "the product of all alphas so far") in back
+    adds = (
+        "adds the steps up: lr is multiplied by 1 − momentum, and the first steps by 1 − the product of all momentums"
+    )
+    assert f"{buffer}{adds} so far" in back
+
+
+def test_ratio_has_the_shape_of_both_under_bias_correction() -> None:
+    port = translate("optax", "optax", learning_rate=0.1, bias_correction=True)
+    assert port.step_ratio(1.0, [1, 2, 3]).shape == (3,)

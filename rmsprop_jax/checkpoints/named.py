@@ -113,12 +113,7 @@ def build_optimizer(
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
     kept = [slot for slot in SLOTS if any(getattr(state, slot) is not None for state in states)]
     for parameter in parameters:
-        lost = [slot for slot in parameter.slots if slot not in kept]
-        if lost:
-            raise ValueError(
-                f"the file has a {lost[0]} of {parameter.name!r}, but the transformation keeps none; build it with the "
-                "setting of the run"
-            )
+        _check_kept(parameter, transformations[parameter.group])
 
     def filled(parameter: Parameter, slot: str) -> np.ndarray:
         if slot in parameter.slots:
@@ -126,6 +121,18 @@ def build_optimizer(
         return _first_slot(parameter, slot, transformations[parameter.group])
 
     return tx, _filled(like, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
+
+
+def _check_kept(parameter: Parameter, transformation: optax.GradientTransformation) -> None:
+    """Raises if the transformation of its group keeps no place for a slot of the file."""
+    like = jax.eval_shape(transformation.init, jnp.zeros(parameter.shape, parameter.dtype))
+    states = find_states("the state of the transformation", like, _BUILD_ONE).values()
+    for slot in parameter.slots:
+        if all(getattr(state, slot) is None for state in states):
+            raise ValueError(
+                f"the file has a {slot} of {parameter.name!r}, but the transformation keeps none; build it with the "
+                "setting of the run"
+            )
 
 
 _BUILD_ONE = "build the transformation with rmsprop_jax.rmsprop, scale_by_rmsprop or a function of dialects"

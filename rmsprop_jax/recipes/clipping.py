@@ -33,7 +33,10 @@ def check_positive(name: str, value: Any) -> Any:
 
 
 def clip_by_global_norm(max_norm: chex.Numeric) -> optax.GradientTransformation:
-    """As ``optax.clip_by_global_norm``, which turns a float16 gradient of 300 into 0: its norm there is infinite."""
+    """As ``optax.clip_by_global_norm``, which turns a float16 gradient of 300 into 0: its norm there is infinite.
+
+    torch's ``clip_grad_norm_`` adds 1e-6 to the norm; the difference is at most 1e-6 / ``max_norm``.
+    """
     max_norm = check_positive("max_norm", max_norm)
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
@@ -144,7 +147,10 @@ def _shorter(g: jax.Array, excess: jax.Array) -> jax.Array:
 
 
 def _norm(arrays: Sequence[Any]) -> jax.Array:
-    """The Euclidean norm of all entries, where it is above 1e-19: below, its derivative would not be finite."""
+    """The Euclidean norm of all entries, where it is above the root of the smallest normal number.
+
+    Below (1e-19 in float32), its derivative would not be finite.
+    """
     parts = [part for x in map(widened, arrays) for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     dtype = max((part.dtype for part in parts), key=lambda dtype: jnp.finfo(dtype).bits, default=jnp.dtype(jnp.float32))
     limits = jnp.finfo(dtype)

@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
       build: the function that makes the optimizer.
       schedule: the function that makes the learning rate, if that is not constant.
       family: ``"reinforcement learning"``, ``"sequences"`` or ``"images"``.
-      dialect: whose RMSProp it is, a key of ``translation.DIALECTS``.
+      dialect: the key of ``translation.DIALECTS`` that builds it (timm's for TensorFlow's with weight decay).
       gradient: the unit of the gradient: over what the source sums or averages the loss. eps and clipping belong to it.
       caller: what belongs to the run, but not to the optimizer.
       source: a repository, or a paper.
@@ -75,9 +75,10 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
 }
 
 
-def _with_checked_numbers(function: Build) -> Build:
-    """Checks the numbers that all recipes have in common, under their names."""
+def _with_checked_arguments(function: Build, schedule: Callable[..., Schedule] | None) -> Build:
+    """Checks the numbers that all recipes have in common, under their names, and those of the schedule."""
     signature = inspect.signature(function)
+    needed = () if schedule is None else tuple(inspect.signature(schedule).parameters)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> GradientTransformationExtraArgs:
@@ -85,6 +86,8 @@ def _with_checked_numbers(function: Build) -> Build:
         for name, value in bound.arguments.items():
             if name in _CHECKS:
                 _CHECKS[name](name, value)
+        if schedule is not None:  # checks its arguments even if a function for lr makes them unused
+            schedule(**{name: value for name, value in bound.arguments.items() if name in needed and name != "lr"})
         return function(*args, **kwargs)
 
     return cast(Build, checked)
@@ -96,9 +99,9 @@ def recipe(
     """Enters a function into :data:`RECIPES`. The arguments are the fields of :class:`Recipe`."""
 
     def enter(function: Build) -> Build:
-        build = cast(Build, explain_arguments(_with_checked_numbers(function)))
+        schedule: Callable[..., Schedule] | None = getattr(schedules, function.__name__, None)
+        build = cast(Build, explain_arguments(_with_checked_arguments(function, schedule)))
         name, text = function.__name__, (function.__doc__ or "").rstrip()
-        schedule = getattr(schedules, name, None)
         row = Recipe(
             name=name,
             summary=text.splitlines()[0].removesuffix("."),
@@ -130,7 +133,8 @@ def mean_loss_step_ratio(optimizer: GradientTransformation, gradient: chex.Numer
 
         ratio = (g / denominator(g)) / (n · g / denominator(n · g))
 
-    ``optax.chain(optax.scale(n), optimizer)`` takes the source's steps on a mean loss.
+    ``optax.chain(optax.scale(n), optimizer)`` takes the source's steps on a mean loss. The ratio holds where nothing is
+    clipped and no weight decays. With ``centered``, ``gradient`` is the standard deviation of the gradient.
 
     Args:
       optimizer: a recipe, or any transformation with one RMSProp in it.

@@ -61,8 +61,9 @@ def efficientnet(
 ) -> GradientTransformationExtraArgs:
     """EfficientNet: TensorFlow's RMSProp, 0.016 per 256 images, × 0.97 per 2.4 epochs after 5 epochs of warm-up.
 
-    L2 decay of 1e-5 applies to everything outside batch normalization, which ``weight_decay_mask`` selects (``None``
-    selects all). It is ``dialects.timm``, which is TensorFlow's RMSProp with weight decay.
+    L2 decay of 1e-5 applies to all variables except those of batch normalization, biases included.
+    ``weight_decay_mask`` is True where a weight decays, and ``None`` decays all. The rule is ``dialects.timm``, which
+    is TensorFlow's RMSProp with weight decay.
     """
     rate = lr if callable(lr) else schedules.efficientnet(batch_size, steps_per_epoch, lr)
     return dialects.timm(rate, alpha, eps, weight_decay, momentum, weight_decay_mask=weight_decay_mask)
@@ -198,7 +199,7 @@ def inception_v4_tpu(
 ) -> GradientTransformationExtraArgs:
     """Inception-v4 on TPU: as ``inception_v3_tpu``, 0.15 / 0.94^1.5 per 256 images, × 0.94 per 2 epochs, warm-up.
 
-    The first epoch has a learning rate of 0.001 whatever the batch.
+    The first epoch has a learning rate of 0.001, which does not depend on the batch (below 15,555 images).
     """
     rate = lr if callable(lr) else schedules.inception_v4_tpu(batch_size, steps_per_epoch, lr)
     return dialects.timm(rate, alpha, eps, weight_decay, momentum, weight_decay_mask=weight_decay_mask)
@@ -220,7 +221,7 @@ def nasbench_101(
 ) -> GradientTransformationExtraArgs:
     """NASBench-101: TensorFlow's RMSProp with epsilon 1.0, 0.2 down a cosine over 108 epochs, L2 of 1e-4 on everything.
 
-    The first update has a learning rate of 0, and still moves the averages.
+    The learning rate is 0.1 for each of two TPU shards. In the first update it is 0, which still moves the averages.
     """
     rate = lr if callable(lr) else schedules.nasbench_101(total_steps, lr)
     return dialects.timm(rate, alpha, eps, weight_decay, momentum)
@@ -276,7 +277,7 @@ def mobilenet_v3(
 ) -> GradientTransformationExtraArgs:
     """MobileNetV3 in torchvision: torch's RMSProp with eps 0.0316 ≈ √1e-3, 0.064 × 0.973 per 2 epochs, L2 of 1e-5.
 
-    It is a port of TensorFlow's 1e-3 under the root.
+    Its eps is TensorFlow's 1e-3 under the root, moved outside.
     """
     rate = lr if callable(lr) else schedules.mobilenet_v3(steps_per_epoch, lr)
     return rmsprop(rate, alpha, eps, weight_decay, momentum)
@@ -284,7 +285,7 @@ def mobilenet_v3(
 
 @_recipe(
     dialect="tensorflow",
-    gradient="the mean over the batch: 50 replicas of 32 images",
+    gradient="the mean over the 32 images of a replica; the paper has 50 and does not say if they are synchronous",
     caller=f"{_AVERAGED} over time",
     source='C. Szegedy et al., "Rethinking the Inception Architecture", arXiv:1512.00567',
     files="section 8",
@@ -328,11 +329,12 @@ def unet(
 
     torch's scheduler is exactly this transformation, with ``update`` called once per evaluation::
 
-        optax.contrib.reduce_on_plateau(factor=0.1, patience=6, rtol=1 - 1 / 1.0001, min_scale=1e-3)
+        plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=6, rtol=1 - 1 / 1.0001, min_scale=1e-3)
         _, plateau_state = plateau.update(updates={}, state=plateau_state, value=1 / score)
 
-    Multiply the updates by ``plateau_state.scale``. Optax acts at the 6th value that is not better, torch after the
-    5th; ``1 / score`` turns a score that rises into a loss, with torch's threshold of 1.0001.
+    Multiply the updates by ``plateau_state.scale``. Optax's patience of 6 and torch's of 5 both act at the sixth value
+    in a row that is not better. ``1 / score`` turns a score that rises, and is above 0, into a loss, with torch's
+    threshold of 1.0001.
     """
     return optax.chain(clip_by_global_norm(max_norm), rmsprop(lr, alpha, eps, weight_decay, momentum))
 

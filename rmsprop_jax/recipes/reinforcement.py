@@ -150,8 +150,8 @@ def torchbeast(
 ) -> GradientTransformationExtraArgs:
     """TorchBeast: torch's RMSProp with eps 0.01, global norm 40, learning rate 4.8e-4 linear to 0.
 
-    ``total_steps`` counts environment steps, of which an update uses ``unroll_length · batch_size``. The README's run
-    has ``total_steps=30_000_000, batch_size=4, lr=4e-4``.
+    ``total_steps`` counts agent steps of 4 frames, of which an update uses ``unroll_length · batch_size``; the default
+    is 157 updates. The README's run has ``total_steps=30_000_000, batch_size=4, lr=4e-4``.
     """
     rate = lr if callable(lr) else schedules.torchbeast(total_steps, unroll_length, batch_size, lr)
     return optax.chain(clip_by_global_norm(max_norm), rmsprop(rate, alpha, eps))
@@ -237,7 +237,7 @@ def dqn_minatar(
 ) -> GradientTransformationExtraArgs:
     """DQN in MinAtar: torch's centered RMSProp with 0.01 outside the root, learning rate 2.5e-4.
 
-    These are the numbers of the Nature DQN in another place and for another unit, so the steps are others.
+    These are the numbers of the Nature DQN in another place and for another unit, so the steps differ.
     """
     return rmsprop(lr, alpha, eps, centered=True)
 
@@ -321,7 +321,9 @@ def a3c(
     eps: ScalarOrSchedule = 0.1,
     max_norm: chex.Numeric = 40.0,
 ) -> GradientTransformationExtraArgs:
-    """A3C in async-rl: 0.1 under the root (its docstring says outside), global norm 40, learning rate 7e-4 to 0.
+    """A3C in async-rl: 0.1 under the root, global norm 40, learning rate 7e-4 to 0.
+
+    The docstring of the source says that 0.1 is outside the root, but its code puts it inside.
 
     The source counts the steps of all processes. The schedule is that of one process without ends of episodes; for
     others, give ``lr`` a function.
@@ -352,7 +354,7 @@ def qmix(
 @_recipe(
     dialect="torch",
     gradient="the mean over agents and episodes; for the critic at one time step, for the agents over all of them",
-    caller=f"{_TARGET_NETWORK}, and one optimizer each for agents and critic, which steps once per time step",
+    caller=f"{_TARGET_NETWORK}, and one optimizer each for agents and critic; the critic's steps once per time step",
     source="github.com/oxwhirl/pymarl",
     commit="c971afd",
     files="src/config/algs/coma.yaml, src/learners/coma_learner.py",

@@ -27,6 +27,7 @@ from rmsprop_jax.recipes.clipping import check_positive
 Schedule = Callable[[chex.Numeric], jax.Array]
 
 _IMAGENET = 1_281_167  # images in the training set
+_LARGEST_STEP = 2**31 - 1
 
 
 def _float(number: chex.Numeric) -> jax.Array:
@@ -169,7 +170,8 @@ def efficientnet(
         peak · n / W                       n < W
         peak · 0.97^⌊n / (2.4 · E)⌋        from n = W on, where the staircase already counts 2
 
-    ``steps_per_epoch=None`` is ImageNet's, 1,281,167 / ``batch_size``, which is not whole.
+    ``steps_per_epoch=None`` is ImageNet's, 1,281,167 / ``batch_size``, which is not whole. In float32, the dtype of
+    TensorFlow here, a stair of such an epoch may fall one update early or late.
     """
     return _efficientnet(batch_size, steps_per_epoch, lr, _IMAGENET)
 
@@ -197,13 +199,23 @@ def efficientnet_v2_keras(
 def _efficientnet(batch_size: Any, steps_per_epoch: Any, lr: Any, images: int) -> Schedule:
     batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
     epoch = images / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    warmup, stair = float(int(5 * epoch)), 2.4 * epoch
+    warmup = float(int(5 * epoch))
 
     def schedule(step: chex.Numeric) -> jax.Array:
         n, peak = _float(step), _float(rate) * batch / 256
-        return peak * jnp.where(n < warmup, n / max(1.0, warmup), 0.97 ** jnp.floor(n / stair))
+        return peak * jnp.where(n < warmup, n / max(1.0, warmup), 0.97 ** _stairs(step, epoch))
 
     return schedule
+
+
+def _stairs(step: chex.Numeric, epoch: float) -> jax.Array:
+    """⌊n / (2.4 · epoch)⌋."""
+    length = 12 * epoch
+    if length != int(length) or 5 * length > _LARGEST_STEP:
+        return jnp.floor(_float(step) / (2.4 * epoch))
+    # XLA multiplies by 1 / (2.4 · epoch), which is off at whole multiples. Whole numbers are not.
+    n, length = jnp.asarray(step), int(length)
+    return _float(5 * (n // length) + 5 * (n % length) // length)
 
 
 def efficientnet_b2_timm(steps_per_epoch: int = 5004, lr: chex.Numeric = 0.016, *, warmup_epochs: int = 5) -> Schedule:
@@ -220,9 +232,7 @@ def efficientnet_b2_timm(steps_per_epoch: int = 5004, lr: chex.Numeric = 0.016, 
     def schedule(step: chex.Numeric) -> jax.Array:
         e = jnp.asarray(step) // epoch
         rising = 1e-6 + _float(e) * (_float(peak) - 1e-6) / warmup
-        # ⌊e / 2.4⌋ is off in float32, first at e = 36. In whole numbers, 5 · e would not fit into int32 for every e.
-        stairs = 5 * (e // 12) + 5 * (e % 12) // 12
-        return jnp.where(e < warmup, rising, _float(peak) * 0.97 ** _float(stairs))
+        return jnp.where(e < warmup, rising, _float(peak) * 0.97 ** _stairs(e, 1.0))
 
     return schedule
 
@@ -256,7 +266,7 @@ def inception_v3_tpu(
     """
     batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
     epoch = _IMAGENET / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    stair = max(1, int(3 * epoch))
+    stair = min(max(1, int(3 * epoch)), _LARGEST_STEP)
 
     def schedule(step: chex.Numeric) -> jax.Array:
         peak = _float(rate) * batch / 256
@@ -272,16 +282,19 @@ def inception_v4_tpu(
 
     ::
 
-        0.001                                  e = 0, whatever the batch
-        e · L / 3                              e = 1, 2
+        max(1e-4 · L, 0.001)                   e = 0
+        max(1e-4 · L, e · L / 3)               e = 1, 2
         max(1e-4 · L, L · 0.94^(n // D))       from e = 3 on
     """
     batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
     epoch = _IMAGENET / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    stair = max(1, int(2 * epoch))
+    stair = min(max(1, int(2 * epoch)), _LARGEST_STEP)
+    # Not n / epoch: XLA multiplies by 1 / epoch, which is off at whole multiples of it.
+    starts = [min(math.ceil(k * epoch), _LARGEST_STEP) for k in (1, 2, 3)]
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        e, peak = jnp.floor(_float(step) / epoch), _float(rate) * batch / 256 / 0.94**1.5
+        peak = _float(rate) * batch / 256 / 0.94**1.5
+        e = sum((_float(jnp.asarray(step) >= start) for start in starts), start=_float(0.0))
         falling = peak * 0.94 ** _float(jnp.asarray(step) // stair)
         rate_now = jnp.where(e < 1.0, 0.001, jnp.where(e < 3.0, e * peak / 3.0, falling))
         return jnp.maximum(rate_now, 1e-4 * peak)

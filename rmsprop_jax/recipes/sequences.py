@@ -19,7 +19,7 @@ _recipe = functools.partial(recipe, family="sequences")
 
 @_recipe(
     dialect="torch",
-    gradient="the mean over the batch of the loss of a sequence, whose log-probabilities are summed over its tokens",
+    gradient="the mean over the batch of the loss of a preference pair, whose log-probabilities are summed over tokens",
     source="github.com/eric-mitchell/direct-preference-optimization",
     commit="f8b8c0f",
     files="config/config.yaml, trainers.py",
@@ -126,7 +126,7 @@ def ntm(
 @_recipe(
     dialect="torch",
     gradient="the mean over the frames of the batch",
-    caller="halving the learning rate for the epochs after one in which the error fell by less than 0.1 %",
+    caller="halving the learning rate for the epochs after one in which the error fell by less than 0.1%",
     source="github.com/mravanelli/pytorch-kaldi",
     commit="9773257",
     files="cfg/TIMIT_baselines/TIMIT_liGRU_fmllr.cfg",
