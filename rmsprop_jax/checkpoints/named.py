@@ -112,8 +112,9 @@ def build_optimizer(
     like = jax.eval_shape(tx.init, template)
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
     kept = [slot for slot in SLOTS if any(getattr(state, slot) is not None for state in states)]
+    kept_by_group = [_kept_by(transformation) for transformation in transformations]
     for parameter in parameters:
-        _check_kept(parameter, transformations[parameter.group])
+        _check_kept(parameter, kept_by_group[parameter.group])
 
     def filled(parameter: Parameter, slot: str) -> np.ndarray:
         if slot in parameter.slots:
@@ -123,12 +124,16 @@ def build_optimizer(
     return tx, _filled(like, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
 
 
-def _check_kept(parameter: Parameter, transformation: optax.GradientTransformation) -> None:
-    """Raises if the transformation of its group keeps no place for a slot of the file."""
-    like = jax.eval_shape(transformation.init, jnp.zeros(parameter.shape, parameter.dtype))
+def _kept_by(transformation: optax.GradientTransformation) -> set[str]:
+    """The slots that a transformation keeps for each of its parameters."""
+    like = jax.eval_shape(transformation.init, np.zeros((), np.float32))
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
+    return {slot for slot in SLOTS for state in states if getattr(state, slot) is not None}
+
+
+def _check_kept(parameter: Parameter, kept: set[str]) -> None:
     for slot in parameter.slots:
-        if all(getattr(state, slot) is None for state in states):
+        if slot not in kept:
             raise ValueError(
                 f"the file has a {slot} of {parameter.name!r}, but the transformation keeps none; build it with the "
                 "setting of the run"
