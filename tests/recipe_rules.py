@@ -22,8 +22,8 @@ def dreamer_v3(n: int, lr: float = 4e-5, warmup: int = 1000) -> float:
     return lr * n / warmup if n < warmup else lr
 
 
-def cleanba_impala(n: int, updates: int = 50_000_000 // (64 * 20 * 2), lr: float = 6e-4) -> float:
-    return lr * max(0.0, 1 - (n // 4) / updates)
+def cleanba_impala(n: int, updates: int = 50_000_000 // (64 * 20 * 2), lr: float = 6e-4, minibatches: int = 4) -> float:
+    return lr * max(0.0, 1 - (n // minibatches) / updates)
 
 
 def impala(n: int, frames_per_update: int = 2 * 100 * 4, total_frames: float = 1e9, lr: float = 0.00048) -> float:
@@ -60,69 +60,118 @@ def dpo(n: int, lr: float = 5e-7, warmup: int = 150) -> float:
     return lr * min(1.0, (n + 1) / (warmup + 1))
 
 
-def char_rnn(n: int, steps_per_epoch: int = 100, lr: float = 2e-3) -> float:
+def char_rnn(n: int, steps_per_epoch: int = 100, lr: float = 2e-3, decay: float = 0.97, decay_after: int = 10) -> float:
     epochs = n // steps_per_epoch  # that have ended; the rate falls at the end of each from the tenth on
-    return lr * 0.97 ** max(0, epochs - 9)
+    return lr * decay ** max(0, epochs - decay_after + 1)
 
 
 def efficientnet(
-    n: int, batch_size: int = 2048, steps_per_epoch: float | None = None, lr: float = 0.016, images: int = IMAGENET
+    n: int,
+    batch_size: int = 2048,
+    steps_per_epoch: float | None = None,
+    lr: float = 0.016,
+    images: int = IMAGENET,
+    decay: float = 0.97,
+    epochs_per_decay: float = 2.4,
+    warmup_epochs: float = 5,
 ) -> float:
     epoch = images / batch_size if steps_per_epoch is None else steps_per_epoch
     peak = lr * batch_size / 256.0
-    warmup_steps = int(5 * epoch)
-    return peak * n / warmup_steps if n < warmup_steps else peak * 0.97 ** math.floor(n / (epoch * 2.4))
+    warmup_steps = int(warmup_epochs * epoch)
+    return peak * n / warmup_steps if n < warmup_steps else peak * decay ** math.floor(n / (epoch * epochs_per_decay))
 
 
-def mnasnet(n: int, batch_size: int = 1024, steps_per_epoch: float | None = None, lr: float = 0.016) -> float:
-    return efficientnet(n, batch_size, steps_per_epoch, lr)
+def mnasnet(
+    n: int, batch_size: int = 1024, steps_per_epoch: float | None = None, lr: float = 0.016, **shape: float
+) -> float:
+    return efficientnet(n, batch_size, steps_per_epoch, lr, **shape)
 
 
-def efficientnet_v2(n: int, batch_size: int = 4096, steps_per_epoch: float | None = None, lr: float = 0.016) -> float:
-    return efficientnet(n, batch_size, steps_per_epoch, lr, images=1_256_144)
+def efficientnet_v2(
+    n: int, batch_size: int = 4096, steps_per_epoch: float | None = None, lr: float = 0.016, **shape: float
+) -> float:
+    return efficientnet(n, batch_size, steps_per_epoch, lr, images=1_256_144, **shape)
 
 
 def efficientnet_v2_keras(
-    n: int, batch_size: int = 4096, steps_per_epoch: float | None = None, lr: float = 0.016
+    n: int, batch_size: int = 4096, steps_per_epoch: float | None = None, lr: float = 0.016, **shape: float
 ) -> float:
-    return efficientnet(n, batch_size, steps_per_epoch or 1_256_144 // batch_size, lr)
+    return efficientnet(n, batch_size, steps_per_epoch or 1_256_144 // batch_size, lr, **shape)
 
 
-def efficientnet_b2_timm(n: int, steps_per_epoch: int = 5004, lr: float = 0.016, warmup_epochs: int = 5) -> float:
+def efficientnet_b2_timm(
+    n: int,
+    steps_per_epoch: int = 5004,
+    lr: float = 0.016,
+    warmup_epochs: int = 5,
+    warmup_lr: float = 1e-6,
+    decay: float = 0.97,
+    epochs_per_decay: float = 2.4,
+) -> float:
     e = n // steps_per_epoch
-    return 1e-6 + e * (lr - 1e-6) / warmup_epochs if e < warmup_epochs else lr * 0.97 ** (e // 2.4)
+    if e < warmup_epochs:
+        return warmup_lr + e * (lr - warmup_lr) / warmup_epochs
+    return lr * decay ** (e // epochs_per_decay)
 
 
-def mobilenet_v3(n: int, steps_per_epoch: int = 100, lr: float = 0.064) -> float:
-    return lr * 0.973 ** (n // steps_per_epoch // 2)
+def mobilenet_v3(
+    n: int, steps_per_epoch: int = 100, lr: float = 0.064, decay: float = 0.973, epochs_per_decay: int = 2
+) -> float:
+    return lr * decay ** (n // steps_per_epoch // epochs_per_decay)
 
 
-def inception_v3(n: int, steps_per_epoch: int = 100, lr: float = 0.045) -> float:
-    return lr * 0.94 ** (n // steps_per_epoch // 2)
+def inception_v3(
+    n: int, steps_per_epoch: int = 100, lr: float = 0.045, decay: float = 0.94, epochs_per_decay: int = 2
+) -> float:
+    return lr * decay ** (n // steps_per_epoch // epochs_per_decay)
 
 
-def inception_v3_tpu(n: int, batch_size: int = 1024, steps_per_epoch: float | None = None, lr: float = 0.165) -> float:
+def inception_v3_tpu(
+    n: int,
+    batch_size: int = 1024,
+    steps_per_epoch: float | None = None,
+    lr: float = 0.165,
+    decay: float = 0.94,
+    epochs_per_decay: float = 3,
+    floor: float = 1e-4,
+) -> float:
     peak = lr * batch_size / 256
-    stair = int(3 * (IMAGENET / batch_size if steps_per_epoch is None else steps_per_epoch))
-    return max(peak * 0.94 ** (n // stair), 1e-4 * peak)
+    stair = int(epochs_per_decay * (IMAGENET / batch_size if steps_per_epoch is None else steps_per_epoch))
+    return max(peak * decay ** (n // stair), floor * peak)
 
 
-def inception_v4_tpu(n: int, batch_size: int = 256, steps_per_epoch: float | None = None, lr: float = 0.15) -> float:
+def inception_v4_tpu(
+    n: int,
+    batch_size: int = 256,
+    steps_per_epoch: float | None = None,
+    lr: float = 0.15,
+    decay: float = 0.94,
+    epochs_per_decay: float = 2,
+    floor: float = 1e-4,
+    cold_lr: float = 0.001,
+) -> float:
     epoch = IMAGENET / batch_size if steps_per_epoch is None else steps_per_epoch
-    initial = lr * batch_size / 256 / 0.94 ** ((2 + 1) / 2)
+    initial = lr * batch_size / 256 / decay ** ((2 + 1) / 2)
     e = int(n / epoch)
     if e < 1:
-        rate = 0.001
+        rate = cold_lr
     elif e < 3:
         rate = e * initial / 3
     else:
-        rate = initial * 0.94 ** (n // int(2 * epoch))
-    return max(rate, 1e-4 * initial)
+        rate = initial * decay ** (n // int(epochs_per_decay * epoch))
+    return max(rate, floor * initial)
 
 
-def amoebanet_d(n: int, steps_per_epoch: int = IMAGENET // 256, lr: float = 0.64) -> float:
-    warmup = int(3.0 * steps_per_epoch)
-    return max(1e-4 * lr, lr * n / warmup if n < warmup else lr * 0.9 ** (n // steps_per_epoch))
+def amoebanet_d(
+    n: int,
+    steps_per_epoch: int = IMAGENET // 256,
+    lr: float = 0.64,
+    decay: float = 0.9,
+    warmup_epochs: float = 3.0,
+    floor: float = 1e-4,
+) -> float:
+    warmup = int(warmup_epochs * steps_per_epoch)
+    return max(floor * lr, lr * n / warmup if n < warmup else lr * decay ** (n // steps_per_epoch))
 
 
 def nasbench_101(n: int, total_steps: int = 108 * 40_000 // 256, lr: float = 0.1 * 2) -> float:
@@ -131,8 +180,10 @@ def nasbench_101(n: int, total_steps: int = 108 * 40_000 // 256, lr: float = 0.1
     return 0.5 * lr * (1 + math.cos(math.pi * min(n, total_steps) / total_steps))
 
 
-def unet_fastmri(n: int, steps_per_epoch: int = 100, lr: float = 1e-3) -> float:
-    return lr * 0.1 ** (n // steps_per_epoch // 40)
+def unet_fastmri(
+    n: int, steps_per_epoch: int = 100, lr: float = 1e-3, decay: float = 0.1, epochs_per_decay: int = 40
+) -> float:
+    return lr * decay ** (n // steps_per_epoch // epochs_per_decay)
 
 
 RATES: dict[str, Callable[..., float]] = {

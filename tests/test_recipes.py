@@ -166,6 +166,41 @@ def test_schedule_in_float32_falls_at_the_very_step(name: str, epoch: int) -> No
     np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
+STAIRS = {"decay": 0.5, "epochs_per_decay": 3}
+OF_EFFICIENTNET = {"decay": 0.5, "epochs_per_decay": 1.7, "warmup_epochs": 2.5}
+SHAPES: dict[str, dict[str, Any]] = {
+    "cleanba_impala": {"updates": 50, "minibatches": 3},
+    "char_rnn": {"decay": 0.5, "decay_after": 2},
+    "efficientnet": OF_EFFICIENTNET,
+    "mnasnet": OF_EFFICIENTNET,
+    "efficientnet_v2": OF_EFFICIENTNET,
+    "efficientnet_v2_keras": OF_EFFICIENTNET,
+    "efficientnet_b2_timm": {"decay": 0.5, "epochs_per_decay": 1.7, "warmup_epochs": 2, "warmup_lr": 1e-3},
+    "mobilenet_v3": STAIRS,
+    "inception_v3": STAIRS,
+    "unet_fastmri": STAIRS,
+    "inception_v3_tpu": {"decay": 0.5, "epochs_per_decay": 1.5, "floor": 1e-2},
+    "inception_v4_tpu": {"decay": 0.5, "epochs_per_decay": 1.5, "floor": 1e-2, "cold_lr": 0.5},
+    "amoebanet_d": {"decay": 0.5, "warmup_epochs": 1.5, "floor": 1e-2},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_number_of_a_schedule_may_be_changed(x64: None, name: str) -> None:
+    epoch = {"steps_per_epoch": 7} if "steps_per_epoch" in recipe_rules_arguments(name) else {}
+    alone = [{key: value} for key, value in SHAPES[name].items()]
+    steps = np.arange(1800)
+    for shape in (SHAPES[name], *alone):
+        found = jax.jit(jax.vmap(schedule_of(name, **epoch | shape)))(steps.astype(np.int32))
+        want = [RATES[name](int(n), **epoch | shape) for n in steps]
+        np.testing.assert_allclose(found, want, rtol=1e-10, atol=1e-18)
+        if shape != {"updates": 50}:
+            assert want != [RATES[name](int(n), **epoch) for n in steps]
+    for number in SHAPES[name]:
+        with pytest.raises((TypeError, ValueError), match=rf"^{number} must be a"):
+            schedule_of(name, **epoch | {number: -1.0})
+
+
 def test_arguments_of_the_schedule_are_checked_even_if_lr_replaces_it() -> None:
     with pytest.raises(ValueError, match=r"^batch_size must be a whole number"):
         recipes.efficientnet(None, batch_size=-5, lr=lambda step: 0.1)

@@ -1,11 +1,11 @@
 """Published training recipes as ready optimizers: dialect, numbers, schedule, clipping and decay in one chain.
 
 Every number was read in the source that the function names. Those of the optimizer are arguments with the published
-value as default; the shape of a schedule is fixed. What a source leaves open is an argument without a default. ``lr``
-is the number from which the schedule is built, or a function that replaces it. ``recipes.schedules`` has the published
-ones. alpha, eps, momentum and weight decay may be schedules, too; clipping limits and counts may not. What does not
-belong to the optimizer (an average of the weights, a target network) is left to the caller. :data:`RECIPES` says all of
-this in one table.
+value as default, and those of a schedule are arguments of its function in ``recipes.schedules``. What a source leaves
+open is an argument without a default. ``lr`` is the number from which the published schedule is built, or a function
+that replaces it. alpha, eps, momentum and weight decay may be schedules, too; clipping limits and counts may not. What
+does not belong to the optimizer (an average of the weights, a target network) is left to the caller. :data:`RECIPES`
+says all of this in one table.
 
 eps and clipping belong to the unit of the gradient. Where a source sums its loss over n terms and yours is their mean,
 ``optax.chain(optax.scale(n), recipes.impala())`` takes the source's steps; :func:`mean_loss_step_ratio` tells how far

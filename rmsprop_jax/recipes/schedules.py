@@ -15,6 +15,7 @@ The numbers are in JAX's own float: float32, or float64 with ``jax_enable_x64``.
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import chex
@@ -67,12 +68,13 @@ def dreamer_v3(lr: chex.Numeric = 4e-5, *, warmup: int = 1000) -> Schedule:
     return schedule
 
 
-def cleanba_impala(updates: int = 19_531, lr: chex.Numeric = 6e-4) -> Schedule:
-    """``lr · (1 − (n // 4) / updates)``, then 0."""
+def cleanba_impala(updates: int = 19_531, lr: chex.Numeric = 6e-4, *, minibatches: int = 4) -> Schedule:
+    """``lr · (1 − (n // minibatches) / updates)``, then 0."""
     peak, rollouts = check_number("lr", lr), float(check_count("updates", updates))
+    steps = check_count("minibatches", minibatches)
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(peak) * jnp.maximum(0.0, 1.0 - _float(jnp.asarray(step) // 4) / rollouts)
+        return _float(peak) * jnp.maximum(0.0, 1.0 - _float(jnp.asarray(step) // steps) / rollouts)
 
     return schedule
 
@@ -147,12 +149,15 @@ def dpo(lr: chex.Numeric = 5e-7, *, warmup: int = 150) -> Schedule:
     return schedule
 
 
-def char_rnn(steps_per_epoch: int, lr: chex.Numeric = 2e-3) -> Schedule:
-    """``lr · 0.97^max(0, n // steps_per_epoch − 9)``: decay from the 11th epoch on."""
+def char_rnn(
+    steps_per_epoch: int, lr: chex.Numeric = 2e-3, *, decay: chex.Numeric = 0.97, decay_after: int = 10
+) -> Schedule:
+    """``lr · decay^max(0, n // steps_per_epoch − decay_after + 1)``: decay from the 11th epoch on."""
+    factor, last = check_number("decay", decay), check_count("decay_after", decay_after)
     start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * 0.97 ** jnp.maximum(0.0, _float(jnp.asarray(step) // epoch) - 9.0)
+        return _float(start) * _float(factor) ** jnp.maximum(0.0, _float(jnp.asarray(step) // epoch) - (last - 1.0))
 
     return schedule
 
@@ -161,161 +166,214 @@ def char_rnn(steps_per_epoch: int, lr: chex.Numeric = 2e-3) -> Schedule:
 
 
 def efficientnet(
-    batch_size: int = 2048, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016
+    batch_size: int = 2048,
+    steps_per_epoch: chex.Numeric | None = None,
+    lr: chex.Numeric = 0.016,
+    *,
+    decay: chex.Numeric = 0.97,
+    epochs_per_decay: float = 2.4,
+    warmup_epochs: float = 5.0,
 ) -> Schedule:
-    """With E for ``steps_per_epoch``, ``peak = lr · batch_size / 256`` and ``W = int(5 · E)``.
+    """With E for ``steps_per_epoch``, ``peak = lr · batch_size / 256`` and ``W = int(warmup_epochs · E)``.
 
     ::
 
-        peak · n / W                       n < W
-        peak · 0.97^⌊n / (2.4 · E)⌋        from n = W on, where the staircase already counts 2
+        peak · n / W                                       n < W
+        peak · decay^⌊n / (epochs_per_decay · E)⌋          from n = W on, where the staircase already counts 2
 
     ``steps_per_epoch=None`` is ImageNet's, 1,281,167 / ``batch_size``, which is not whole. In float32, the dtype of
     TensorFlow here, a stair of such an epoch may fall one update early or late.
     """
-    return _efficientnet(batch_size, steps_per_epoch, lr, _IMAGENET)
-
-
-def mnasnet(batch_size: int = 1024, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016) -> Schedule:
-    """That of :func:`efficientnet`, for batches of 1,024."""
-    return efficientnet(batch_size, steps_per_epoch, lr)
-
-
-def efficientnet_v2(
-    batch_size: int = 4096, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016
-) -> Schedule:
-    """That of :func:`efficientnet`. ``steps_per_epoch=None`` is 1,256,144 / ``batch_size``: 20 shards are held out."""
-    return _efficientnet(batch_size, steps_per_epoch, lr, 1_256_144)
-
-
-def efficientnet_v2_keras(
-    batch_size: int = 4096, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016
-) -> Schedule:
-    """That of :func:`efficientnet_v2`, but its own ``steps_per_epoch`` is whole: 1,256,144 // ``batch_size``."""
-    images = check_count("batch_size", batch_size)
-    return _efficientnet(batch_size, max(1, 1_256_144 // images) if steps_per_epoch is None else steps_per_epoch, lr, 0)
-
-
-def _efficientnet(batch_size: Any, steps_per_epoch: Any, lr: Any, images: int) -> Schedule:
-    batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
-    epoch = images / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    warmup = float(int(5 * epoch))
+    batch = check_count("batch_size", batch_size)
+    epoch = _IMAGENET / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
+    peak, factor = check_number("lr", lr), check_number("decay", decay)
+    stairs = _stairs(epoch, _check_epoch("epochs_per_decay", epochs_per_decay))
+    warmup = float(int(_check_epoch("warmup_epochs", warmup_epochs) * epoch))
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        n, peak = _float(step), _float(rate) * batch / 256
-        return peak * jnp.where(n < warmup, n / max(1.0, warmup), 0.97 ** _stairs(step, epoch))
+        n = _float(step)
+        share = jnp.where(n < warmup, n / max(1.0, warmup), _float(factor) ** stairs(step))
+        return _float(peak) * batch / 256 * share
 
     return schedule
 
 
-def _stairs(step: chex.Numeric, epoch: float) -> jax.Array:
-    """⌊n / (2.4 · epoch)⌋."""
-    length = 12 * epoch
-    if length != int(length) or 5 * length > _LARGEST_STEP:
-        return jnp.floor(_float(step) / (2.4 * epoch))
-    # XLA multiplies by 1 / (2.4 · epoch), which is off at whole multiples. Whole numbers are not.
-    n, length = jnp.asarray(step), int(length)
-    return _float(5 * (n // length) + 5 * (n % length) // length)
+def mnasnet(
+    batch_size: int = 1024, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016, **shape: Any
+) -> Schedule:
+    """That of :func:`efficientnet`, for batches of 1,024. ``shape`` is its ``decay`` and so on."""
+    return efficientnet(batch_size, steps_per_epoch, lr, **shape)
 
 
-def efficientnet_b2_timm(steps_per_epoch: int = 5004, lr: chex.Numeric = 0.016, *, warmup_epochs: int = 5) -> Schedule:
+def efficientnet_v2(
+    batch_size: int = 4096, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016, **shape: Any
+) -> Schedule:
+    """That of :func:`efficientnet`. ``steps_per_epoch=None`` is 1,256,144 / ``batch_size``: 20 shards are held out."""
+    epoch = 1_256_144 / check_count("batch_size", batch_size) if steps_per_epoch is None else steps_per_epoch
+    return efficientnet(batch_size, epoch, lr, **shape)
+
+
+def efficientnet_v2_keras(
+    batch_size: int = 4096, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.016, **shape: Any
+) -> Schedule:
+    """That of :func:`efficientnet_v2`, but its own ``steps_per_epoch`` is whole: 1,256,144 // ``batch_size``."""
+    whole = max(1, 1_256_144 // check_count("batch_size", batch_size))
+    return efficientnet(batch_size, whole if steps_per_epoch is None else steps_per_epoch, lr, **shape)
+
+
+def _stairs(epoch: float, epochs: float) -> Callable[[chex.Numeric], jax.Array]:
+    """⌊n / (epochs · epoch)⌋ as a function of n."""
+    share = Fraction(epochs).limit_denominator(1000)  # 2.4 is 12/5
+    length = share.numerator * epoch
+    if share != Fraction(str(epochs)) or length != int(length) or share.denominator * length > _LARGEST_STEP:
+        return lambda step: jnp.floor(_float(step) / (epochs * epoch))
+
+    def whole(step: chex.Numeric) -> jax.Array:
+        # XLA multiplies by 1 / (epochs · epoch), which is off at whole multiples. Whole numbers are not.
+        n, size, parts = jnp.asarray(step), int(length), share.denominator
+        return _float(parts * (n // size) + parts * (n % size) // size)
+
+    return whole
+
+
+def efficientnet_b2_timm(
+    steps_per_epoch: int = 5004,
+    lr: chex.Numeric = 0.016,
+    *,
+    warmup_epochs: int = 5,
+    warmup_lr: chex.Numeric = 1e-6,
+    decay: chex.Numeric = 0.97,
+    epochs_per_decay: float = 2.4,
+) -> Schedule:
     """With e = n // ``steps_per_epoch``, one learning rate per epoch.
 
     ::
 
-        1e-6 + e · (lr − 1e-6) / warmup_epochs        e < warmup_epochs
-        lr · 0.97^⌊e / 2.4⌋                           from e = warmup_epochs on
+        warmup_lr + e · (lr − warmup_lr) / warmup_epochs      e < warmup_epochs
+        lr · decay^⌊e / epochs_per_decay⌋                     from e = warmup_epochs on
     """
     peak, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
-    warmup = check_count("warmup_epochs", warmup_epochs)
+    first, warmup = check_number("warmup_lr", warmup_lr), check_count("warmup_epochs", warmup_epochs)
+    factor = check_number("decay", decay)
+    stairs = _stairs(1.0, _check_epoch("epochs_per_decay", epochs_per_decay))
 
     def schedule(step: chex.Numeric) -> jax.Array:
         e = jnp.asarray(step) // epoch
-        rising = 1e-6 + _float(e) * (_float(peak) - 1e-6) / warmup
-        return jnp.where(e < warmup, rising, _float(peak) * 0.97 ** _stairs(e, 1.0))
+        rising = _float(first) + _float(e) * (_float(peak) - _float(first)) / warmup
+        return jnp.where(e < warmup, rising, _float(peak) * _float(factor) ** stairs(e))
 
     return schedule
 
 
-def mobilenet_v3(steps_per_epoch: int, lr: chex.Numeric = 0.064) -> Schedule:
-    """``lr · 0.973^(epoch // 2)`` with ``epoch = n // steps_per_epoch``."""
+def mobilenet_v3(
+    steps_per_epoch: int, lr: chex.Numeric = 0.064, *, decay: chex.Numeric = 0.973, epochs_per_decay: int = 2
+) -> Schedule:
+    """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
     start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
+    factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * 0.973 ** _float(jnp.asarray(step) // epoch // 2)
+        return _float(start) * _float(factor) ** _float(jnp.asarray(step) // epoch // epochs)
 
     return schedule
 
 
-def inception_v3(steps_per_epoch: int, lr: chex.Numeric = 0.045) -> Schedule:
-    """``lr · 0.94^(epoch // 2)`` with ``epoch = n // steps_per_epoch``."""
+def inception_v3(
+    steps_per_epoch: int, lr: chex.Numeric = 0.045, *, decay: chex.Numeric = 0.94, epochs_per_decay: int = 2
+) -> Schedule:
+    """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
     start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
+    factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * 0.94 ** _float(jnp.asarray(step) // epoch // 2)
+        return _float(start) * _float(factor) ** _float(jnp.asarray(step) // epoch // epochs)
 
     return schedule
 
 
 def inception_v3_tpu(
-    batch_size: int = 1024, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.165
+    batch_size: int = 1024,
+    steps_per_epoch: chex.Numeric | None = None,
+    lr: chex.Numeric = 0.165,
+    *,
+    decay: chex.Numeric = 0.94,
+    epochs_per_decay: float = 3.0,
+    floor: chex.Numeric = 1e-4,
 ) -> Schedule:
-    """``max(1e-4 · peak, peak · 0.94^(n // D))`` with ``peak = lr · batch_size / 256`` and ``D = int(3 · epoch)``.
+    """``peak · max(floor, decay^(n // D))``, ``peak = lr · batch_size / 256``, ``D = int(epochs_per_decay · epoch)``.
 
     ``steps_per_epoch=None`` is ImageNet's, 1,281,167 / ``batch_size``.
     """
     batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
     epoch = _IMAGENET / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    stair = min(max(1, int(3 * epoch)), _LARGEST_STEP)
+    stair = min(max(1, int(_check_epoch("epochs_per_decay", epochs_per_decay) * epoch)), _LARGEST_STEP)
+    factor, lowest = check_number("decay", decay), check_number("floor", floor)
 
     def schedule(step: chex.Numeric) -> jax.Array:
         peak = _float(rate) * batch / 256
-        return peak * jnp.maximum(1e-4, 0.94 ** _float(jnp.asarray(step) // stair))
+        return peak * jnp.maximum(_float(lowest), _float(factor) ** _float(jnp.asarray(step) // stair))
 
     return schedule
 
 
 def inception_v4_tpu(
-    batch_size: int = 256, steps_per_epoch: chex.Numeric | None = None, lr: chex.Numeric = 0.15
+    batch_size: int = 256,
+    steps_per_epoch: chex.Numeric | None = None,
+    lr: chex.Numeric = 0.15,
+    *,
+    decay: chex.Numeric = 0.94,
+    epochs_per_decay: float = 2.0,
+    floor: chex.Numeric = 1e-4,
+    cold_lr: chex.Numeric = 0.001,
 ) -> Schedule:
-    """With E for ``steps_per_epoch``, ``e = ⌊n / E⌋``, ``L = lr · batch_size / 256 / 0.94^1.5``, ``D = int(2 · E)``.
+    """With E for ``steps_per_epoch``, ``e = ⌊n / E⌋``, ``L = lr · batch_size / 256 / decay^1.5``.
 
-    ::
+    With ``D = int(epochs_per_decay · E)``::
 
-        max(1e-4 · L, 0.001)                   e = 0
-        max(1e-4 · L, e · L / 3)               e = 1, 2
-        max(1e-4 · L, L · 0.94^(n // D))       from e = 3 on
+        max(floor · L, cold_lr)                  e = 0
+        max(floor · L, e · L / 3)                e = 1, 2
+        max(floor · L, L · decay^(n // D))       from e = 3 on
     """
     batch, rate = check_count("batch_size", batch_size), check_number("lr", lr)
     epoch = _IMAGENET / batch if steps_per_epoch is None else _check_epoch("steps_per_epoch", steps_per_epoch)
-    stair = min(max(1, int(2 * epoch)), _LARGEST_STEP)
+    stair = min(max(1, int(_check_epoch("epochs_per_decay", epochs_per_decay) * epoch)), _LARGEST_STEP)
+    factor, lowest, cold = check_number("decay", decay), check_number("floor", floor), check_number("cold_lr", cold_lr)
     # Not n / epoch: XLA multiplies by 1 / epoch, which is off at whole multiples of it.
     starts = [min(math.ceil(k * epoch), _LARGEST_STEP) for k in (1, 2, 3)]
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        peak = _float(rate) * batch / 256 / 0.94**1.5
+        peak = _float(rate) * batch / 256 / _float(factor) ** 1.5
         e = sum((_float(jnp.asarray(step) >= start) for start in starts), start=_float(0.0))
-        falling = peak * 0.94 ** _float(jnp.asarray(step) // stair)
-        rate_now = jnp.where(e < 1.0, 0.001, jnp.where(e < 3.0, e * peak / 3.0, falling))
-        return jnp.maximum(rate_now, 1e-4 * peak)
+        falling = peak * _float(factor) ** _float(jnp.asarray(step) // stair)
+        rate_now = jnp.where(e < 1.0, _float(cold), jnp.where(e < 3.0, e * peak / 3.0, falling))
+        return jnp.maximum(rate_now, _float(lowest) * peak)
 
     return schedule
 
 
-def amoebanet_d(steps_per_epoch: int = 5004, lr: chex.Numeric = 0.64) -> Schedule:
-    """With ``W = 3 · steps_per_epoch``.
+def amoebanet_d(
+    steps_per_epoch: int = 5004,
+    lr: chex.Numeric = 0.64,
+    *,
+    decay: chex.Numeric = 0.9,
+    warmup_epochs: float = 3.0,
+    floor: chex.Numeric = 1e-4,
+) -> Schedule:
+    """With ``W = int(warmup_epochs · steps_per_epoch)``.
 
     ::
 
-        max(1e-4 · lr, lr · n / W)                             n < W
-        max(1e-4 · lr, lr · 0.9^(n // steps_per_epoch))        from n = W on, where it falls to 0.729 · lr
+        lr · max(floor, n / W)                              n < W
+        lr · max(floor, decay^(n // steps_per_epoch))       from n = W on, where it falls to 0.729 · lr
     """
+    factor, lowest = check_number("decay", decay), check_number("floor", floor)
+    length = float(int(_check_epoch("warmup_epochs", warmup_epochs) * check_count("steps_per_epoch", steps_per_epoch)))
     peak, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
 
     def schedule(step: chex.Numeric) -> jax.Array:
         n = _float(step)
-        share = jnp.where(n < 3.0 * epoch, n / (3.0 * epoch), 0.9 ** _float(jnp.asarray(step) // epoch))
-        return _float(peak) * jnp.maximum(1e-4, share)
+        falling = _float(factor) ** _float(jnp.asarray(step) // epoch)
+        return _float(peak) * jnp.maximum(_float(lowest), jnp.where(n < length, n / max(1.0, length), falling))
 
     return schedule
 
@@ -332,11 +390,14 @@ def nasbench_101(total_steps: int = 16_875, lr: chex.Numeric = 0.2) -> Schedule:
     return schedule
 
 
-def unet_fastmri(steps_per_epoch: int, lr: chex.Numeric = 1e-3) -> Schedule:
-    """``lr · 0.1^(epoch // 40)`` with ``epoch = n // steps_per_epoch``."""
+def unet_fastmri(
+    steps_per_epoch: int, lr: chex.Numeric = 1e-3, *, decay: chex.Numeric = 0.1, epochs_per_decay: int = 40
+) -> Schedule:
+    """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
     start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
+    factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
 
     def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * 0.1 ** _float(jnp.asarray(step) // epoch // 40)
+        return _float(start) * _float(factor) ** _float(jnp.asarray(step) // epoch // epochs)
 
     return schedule
