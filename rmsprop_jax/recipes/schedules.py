@@ -269,26 +269,14 @@ def mobilenet_v3(
     steps_per_epoch: int, lr: chex.Numeric = 0.064, *, decay: chex.Numeric = 0.973, epochs_per_decay: int = 2
 ) -> Schedule:
     """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
-    start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
-    factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
-
-    def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * _float(factor) ** _float(jnp.asarray(step) // epoch // epochs)
-
-    return schedule
+    return _falling(steps_per_epoch, lr, decay, epochs_per_decay)
 
 
 def inception_v3(
     steps_per_epoch: int, lr: chex.Numeric = 0.045, *, decay: chex.Numeric = 0.94, epochs_per_decay: int = 2
 ) -> Schedule:
     """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
-    start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
-    factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
-
-    def schedule(step: chex.Numeric) -> jax.Array:
-        return _float(start) * _float(factor) ** _float(jnp.asarray(step) // epoch // epochs)
-
-    return schedule
+    return _falling(steps_per_epoch, lr, decay, epochs_per_decay)
 
 
 def inception_v3_tpu(
@@ -394,6 +382,10 @@ def unet_fastmri(
     steps_per_epoch: int, lr: chex.Numeric = 1e-3, *, decay: chex.Numeric = 0.1, epochs_per_decay: int = 40
 ) -> Schedule:
     """``lr · decay^(epoch // epochs_per_decay)`` with ``epoch = n // steps_per_epoch``."""
+    return _falling(steps_per_epoch, lr, decay, epochs_per_decay)
+
+
+def _falling(steps_per_epoch: int, lr: chex.Numeric, decay: chex.Numeric, epochs_per_decay: int) -> Schedule:
     start, epoch = check_number("lr", lr), check_count("steps_per_epoch", steps_per_epoch)
     factor, epochs = check_number("decay", decay), check_count("epochs_per_decay", epochs_per_decay)
 
