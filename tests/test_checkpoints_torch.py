@@ -918,10 +918,10 @@ MISUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "the state of the transformation must contain an RMSPropState, got ",
     ),
-    "state of another kind": (
-        dict(transformation=lambda **h: optax.chain(rmsprop(**h), optax.ema(0.9))),
+    "values of the parameters in the state": (
+        dict(transformation=lambda **h: optax.contrib.schedule_free(rmsprop(**h), 0.1)),
         ValueError,
-        "for which the file has no slot",
+        "the transformation keeps values of the parameters in state",
     ),
 }
 

@@ -36,7 +36,8 @@ ROOMS: dict[str, Room] = {
     "conversion": Room(4, {"state", "arguments", "trees", "lift"}),
     "diagnostics": Room(4, {"state", "arguments", "figures"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
-    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.rearrangement": Room(4, set()),
+    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots", "checkpoints.rearrangement"}),
     "recipes.clipping": Room(2, {"state", "arguments"}),
     "recipes.schedules": Room(3, {"arguments", "recipes.clipping"}),
     "recipes.entry": Room(4, {"state", "arguments", "recipes.schedules"}),
@@ -54,7 +55,8 @@ ROOMS: dict[str, Room] = {
     "summary": Room(5, {"state", "figures", "diagnostics"}),
     "plotting": Room(5, {"diagnostics"}),
     "checkpoints.torch": Room(6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named"}),
-    "checkpoints": Room(7, {"checkpoints.torch"}),
+    "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints": Room(7, {"checkpoints.optax", "checkpoints.torch"}),
     # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
         8,
