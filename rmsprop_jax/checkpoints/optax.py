@@ -170,7 +170,9 @@ class _Steps:
         if own is None:
             own = np.asarray(next(iter(self.outside)) if self.step is None else self.step)
         if own.shape not in ((), like.shape) or not 0 <= own.min() <= own.max() < largest_count(like.dtype):
-            raise ValueError(f"{where} counts {shown(own)}, which is no number of updates of shape {like.shape}")
+            raise ValueError(
+                f"{where} counts {shown(own.tolist())}, which is no number of updates of shape {like.shape}"
+            )
         return np.broadcast_to(own, like.shape)
 
 
@@ -178,6 +180,7 @@ class _Steps:
 
 _SLOT_OF = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
 _ARGUMENT_OF = {"nu": "rmsprop", "mu": "centered", "trace": "momentum"}
+_OTHERS = {"ScaleByAdamState", "ScaleByBeliefState"}  # have the fields of a centered, bias-corrected RMSProp
 
 
 class _Part(NamedTuple):
@@ -199,18 +202,21 @@ def _part(node: Any, where: str) -> _Part:
     level = _level(node)[1]
     nodes = [level] if "nu" in level else [_level(child)[1] for child in level.values()]
     found = [field for fields in nodes for field in fields.items()]
+    kinds = {type(part).__name__ for part in [node, *level.values()] if hasattr(part, "_fields")}
     trees = {name: tree for name, tree in found if name != "count"}
     counts = [np.asarray(_only_leaf(value, f"{where}.count")) for name, value in found if name == "count"]
-    if "nu" not in trees or not set(trees) <= set(_SLOT_OF) or len(trees) + len(counts) < len(found):
+    if kinds & _OTHERS or "nu" not in trees or not set(trees) <= set(_SLOT_OF) or len(trees) + len(counts) < len(found):
         raise ValueError(
             f"{where} must be the state of optax.rmsprop, which has a nu, and may have a mu, a trace and a count, but "
-            f"it has {shown([name for name, _ in found])}; build the two optimizers alike, with dialects.optax here"
+            f"it has {shown(sorted(kinds) or [name for name, _ in found])}; build the two optimizers alike, with "
+            "dialects.optax here"
         )
     if any(count.dtype.kind not in "iu" for count in counts):
         raise TypeError(f"the count in {where} must be an integer, got {counts[0].dtype}")
     if any(not np.array_equal(count, counts[0]) for count in counts):
         raise ValueError(f"{where} counts {' and '.join(map(str, counts))} updates; give the state of one run")
     is_corrected = any({"nu", "count"} <= set(fields) for fields in nodes)
+    trees = {name: trees[name] for name in _SLOT_OF if name in trees}
     return _Part(trees, counts[0] if counts else None, is_corrected)
 
 
