@@ -193,8 +193,11 @@ def port_back(model: FlaxNetwork, optimizer: nnx.Optimizer, like: TorchRun) -> T
     run = TorchRun()
     weights = from_params(arrays(nnx.state(model, nnx.Param)))
     run.model.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in weights.items()})
-    settings, state = like.optimizer.state_dict(), arrays(optimizer.opt_state)
-    run.optimizer.load_state_dict(to_torch(state, list(weights), from_params, like=settings, tensor=torch.from_numpy))
+    run.optimizer.load_state_dict(
+        to_torch(
+            optimizer.opt_state, list(weights), from_params, like=like.optimizer.state_dict(), tensor=torch.from_numpy
+        )
+    )
     run.scheduler.load_state_dict(like.scheduler.state_dict())
     return run
 

@@ -5,6 +5,7 @@ inside the state of a chain, a partition or a wrapper; the names of leaves.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -184,6 +185,18 @@ def replace_states(
 ) -> optax.OptState:
     """``opt_state`` with ``state`` applied to each :class:`RMSPropState`, and ``other`` to each leaf outside them."""
     return jax.tree.map(lambda node: state(node) if is_state(node) else other(node), opt_state, is_leaf=is_state)
+
+
+def unboxed(tree: Any) -> Any:
+    """``tree`` with the arrays in place of the variables that Flax's nnx keeps them in."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has a variable has loaded it
+    if nnx is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if isinstance(x, nnx.Variable) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def merge_trees(name: str, trees: Sequence[Any], path: Any = ()) -> Any:

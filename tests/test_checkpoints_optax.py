@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from compare import assert_close, assert_same
 from rmsprop_jax import dialects
 from rmsprop_jax.checkpoints import from_optax, to_optax
 from rmsprop_jax.state import find_states
 from rmsprop_jax.transform import rmsprop, scale_by_rmsprop
 from rmsprop_jax.translation import translate
-from tests.compare import assert_close, assert_same
 
 STEPS = 101  # in Optax, and then as many in both; MultiSteps is in the middle of a cycle then
 

@@ -35,6 +35,9 @@ ROOMS: dict[str, Room] = {
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "trees", "lift"}),
     "diagnostics": Room(4, {"state", "arguments", "figures"}),
+    "checkpoints.curves": Room(1, set()),
+    "checkpoints.scheduler_file": Room(2, {"arguments", "checkpoints.curves"}),
+    "checkpoints.torch_schedulers": Room(3, {"arguments", "checkpoints.curves", "checkpoints.scheduler_file"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
     "checkpoints.rearrangement": Room(4, set()),
     "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots", "checkpoints.rearrangement"}),
@@ -54,7 +57,10 @@ ROOMS: dict[str, Room] = {
     "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
     "summary": Room(5, {"state", "figures", "diagnostics"}),
     "plotting": Room(5, {"diagnostics"}),
-    "checkpoints.torch": Room(6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named"}),
+    "checkpoints.torch_file": Room(5, {"arguments", "checkpoints.slots"}),
+    "checkpoints.torch": Room(
+        6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named", "checkpoints.torch_file"}
+    ),
     "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
     "checkpoints": Room(7, {"checkpoints.optax", "checkpoints.torch"}),
     # Loads plotting when it is used: matplotlib is not a dependency.

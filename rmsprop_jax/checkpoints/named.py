@@ -30,6 +30,7 @@ from rmsprop_jax.state import (
     leaf_name,
     merge_trees,
     replace_states,
+    unboxed,
 )
 
 __all__ = ["build_optimizer", "check_functions", "checked_names", "slots_by_name"]
@@ -297,6 +298,7 @@ def slots_by_name(
 
     Args:
       state: any optimizer state with an ``RMSPropState`` in it, or with several as ``optax.partition`` divides them.
+        It may hold Flax's variables, as that of an ``nnx.Optimizer`` does.
       from_params: from a tree of NumPy arrays like the trained one to ``{name: array}``. It may only rearrange.
       names: all that ``from_params`` returns, in any order.
 
@@ -317,7 +319,7 @@ def slots_by_name(
       >>> slots_by_name(state, lambda params: {"weight": params["kernel"]}, ["weight"])
       (0, {'weight': {'square_avg': array([0., 0.], dtype=float32)}})
     """
-    step, trees = _step_and_slots(state)
+    step, trees = _step_and_slots(unboxed(state))
     leaves = _leaves(trees["square_avg"])
     for path, leaf in leaves:
         if is_absent(leaf):
