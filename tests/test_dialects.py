@@ -430,6 +430,12 @@ def test_caution_reads_the_gradient_in_half_precision() -> None:
     assert (updates == 0).any()
 
 
+def test_caution_divides_nothing_by_nothing() -> None:
+    with jax.debug_nans(True), jax.disable_jit():
+        updates, _ = cautious({"none": SEEN[:, :0], "zero": np.zeros((2, 3), np.float32)})
+    np.testing.assert_array_equal(updates["zero"], np.zeros(3))
+
+
 def test_caution_keeps_what_is_not_finite_in_its_entry() -> None:
     gradient = np.array([[1.0, np.nan, np.inf, 0.0, -1.0]] * 2, np.float32)
     updates, _ = cautious(gradient)
