@@ -38,6 +38,9 @@ ROOMS: dict[str, Room] = {
     "checkpoints.curves": Room(1, set()),
     "checkpoints.scheduler_file": Room(2, {"arguments", "checkpoints.curves"}),
     "checkpoints.torch_schedulers": Room(3, {"arguments", "checkpoints.curves", "checkpoints.scheduler_file"}),
+    "checkpoints.keras_config": Room(2, {"arguments"}),
+    "checkpoints.keras_pieces": Room(2, {"state"}),
+    "checkpoints.keras_schedules": Room(2, {"arguments"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
     "checkpoints.rearrangement": Room(4, set()),
     "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots", "checkpoints.rearrangement"}),
@@ -61,8 +64,15 @@ ROOMS: dict[str, Room] = {
     "checkpoints.torch": Room(
         6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named", "checkpoints.torch_file"}
     ),
+    "checkpoints.variables": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.keras": Room(
+        6,
+        {"state", "arguments", "dialects", "checkpoints.slots", "checkpoints.named", "checkpoints.variables"}
+        | {"checkpoints.keras_config", "checkpoints.keras_pieces", "checkpoints.keras_schedules"},
+    ),
+    "checkpoints.tensorflow": Room(6, {"arguments", "dialects", "checkpoints.named", "checkpoints.variables"}),
     "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
-    "checkpoints": Room(7, {"checkpoints.optax", "checkpoints.torch"}),
+    "checkpoints": Room(7, {"checkpoints.keras", "checkpoints.optax", "checkpoints.tensorflow", "checkpoints.torch"}),
     # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
         8,
@@ -72,7 +82,8 @@ ROOMS: dict[str, Room] = {
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}
-NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax", "equinox", "optimistix"}
+NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "keras", "h5py"}
+NEVER_LOADED |= {"sklearn", "orbax", "equinox", "optimistix"}
 # A folder is a room, and each file in it another one: checkpoints (its __init__.py), checkpoints.torch.
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -219,7 +230,7 @@ SHARED = {"diagnostics": {"ask", "leaves_after", "leaves_of"}}  # what the rooms
 PUBLIC = ("transform", "dialects", "translation", "recipes", "diagnostics", "recorder", "summary", "plotting")
 
 
-@pytest.mark.parametrize("room", [*PUBLIC, "checkpoints.torch"])
+@pytest.mark.parametrize("room", [*PUBLIC, "checkpoints.torch", "checkpoints.keras", "checkpoints.tensorflow"])
 def test_public_room_lists_everything_that_it_offers(room: str) -> None:
     module = importlib.import_module(f"{NAME}.{room}")
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
