@@ -174,7 +174,7 @@ def _check_agreement(scheduler: "_Scheduler", groups: list[Mapping[str, Any]]) -
                 expected = float(curve(jnp.asarray(scheduler.epoch, jnp.int32)))
             if not math.isclose(found, expected, rel_tol=1e-5, abs_tol=1e-12):  # float32 here, torch's recursion there
                 raise ValueError(
-                    f"{key!r} of group {index} is {found:.9g}, but {scheduler.name} has {expected:.9g} at last_epoch "
+                    f"{key!r} of group {index} is {found:.7g}, but {scheduler.name} has {expected:.7g} at last_epoch "
                     f"{scheduler.epoch}; it was set by hand, or the files are not of one moment: put the right number "
                     f"into the group, {_INSTEAD}"
                 )
