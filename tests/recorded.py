@@ -1,10 +1,13 @@
 """The runs in ``tests/golden/*_files.npz``: the file in the middle, and how the library itself went on."""
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -98,3 +101,55 @@ def continued(
         if run.steps[0] + i + 1 in run.steps:
             after.append(params)
     return after, state
+
+
+# --- Libraries for the pages -------------------------------------------------------------------------------------
+
+
+def write_keras_file(path: pathlib.Path) -> None:
+    """A ``.keras`` file without weights: those come from :func:`import_of_page`."""
+    config = run_of("keras", *_PAGE_OF_KERAS).about["config"]["float32"]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps({"compile_config": {"optimizer": config}}))
+        archive.writestr("model.weights.h5", "")
+
+
+def import_of_page(name: str, *more: Any) -> Any:
+    """``__import__`` for ``docs/keras.md``: Keras, h5py and TensorFlow read recorded files, and need not be there.
+
+    ``python tests/golden/record_files.py check`` runs the page with the real ones.
+    """
+    return _stand_ins()[name] if name in _STAND_INS else __import__(name, *more)
+
+
+_STAND_INS = ("keras", "h5py", "tensorflow")
+
+
+def _stand_ins() -> dict[str, Any]:
+    """What the page takes of the three."""
+    run, checkpoint = run_of("keras", *_PAGE_OF_KERAS), run_of("tensorflow1", "centered_momentum", "float32").file
+
+    def variable(path: str, array: np.ndarray) -> SimpleNamespace:
+        """One that takes only an array like itself."""
+        return SimpleNamespace(path=path, numpy=lambda: array, assign=lambda x: np.testing.assert_allclose(x, array))
+
+    config = run.about["config"]["float32"]["config"]
+    places = enumerate(run.about["paths"])
+    optimizer = SimpleNamespace(
+        get_config=lambda: config, variables=[variable(path, run.file[str(i)]) for i, path in places]
+    )
+    trained = [variable(*item) for item in run.params[0].items()]
+    model = SimpleNamespace(optimizer=optimizer, trainable_variables=trained)
+    datasets = {key: {(): array} for key, array in run.file.items()}
+    reader = SimpleNamespace(
+        get_tensor=checkpoint.__getitem__,
+        get_variable_to_shape_map=lambda: {name: list(array.shape) for name, array in checkpoint.items()},
+    )
+    return {
+        "keras": SimpleNamespace(saving=SimpleNamespace(load_model=lambda path: model)),
+        "h5py": SimpleNamespace(File=lambda path: contextlib.nullcontext({"optimizer/vars": datasets})),
+        "tensorflow": SimpleNamespace(train=SimpleNamespace(load_checkpoint=lambda path: reader)),
+    }
+
+
+_PAGE_OF_KERAS = ("weight_decay_excluded", "float32")

@@ -71,7 +71,7 @@ def check_continues(case: str, dtype: str, tolerance: Mapping[str, float]) -> No
     assert_close({path: back[path] for path in expected}, expected, scale="array", **tolerance)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["momentum", "centered_momentum", "weight_decay", "everything"])
 def test_run_continues_as_in_keras_in_float32(case: str) -> None:
     """Each step rounds the parameter and the slots once in each library; 14 ulps were measured after 100 steps."""
     check_continues(case, "float32", {"ulps": 100})

@@ -74,7 +74,7 @@ def check_continues(case: str, dtype: str, tolerance: Mapping[str, float]) -> No
     assert_close(back, {key: run.last[key] for key in back}, scale="array", **tolerance)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["momentum", "centered_momentum", "schedule"])
 def test_run_continues_as_in_tensorflow_in_float32(case: str) -> None:
     """Each step rounds the parameter and the slots once in each library; 10 ulps were measured after 100 steps."""
     check_continues(case, "float32", {"ulps": 100})

@@ -1,5 +1,6 @@
 """What the README and the pages in ``docs`` say is run: their code, tables and links."""
 
+import builtins
 import inspect
 import pathlib
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import recorded
 import tables
 from rmsprop_jax import rmsprop
 
@@ -97,6 +99,9 @@ def test_blocks_run_from_top_to_bottom_and_print_what_follows(
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
+    if page.stem == "keras":
+        recorded.write_keras_file(tmp_path / "model.keras")
+        scope["__builtins__"] = vars(builtins) | {"__import__": recorded.import_of_page}
     for block, prints in blocks:
         exec(block, scope)
         assert capsys.readouterr().out == prints

@@ -29,11 +29,16 @@ To record again, on a CPU, with Python 3.11 in an environment of its own:
     python tests/golden/record_files.py keras tensorflow1
 
 The same versions on the same kind of processor write the same numbers; on another kind the last bits may differ.
+
+With rmsprop_jax in the same environment, `python tests/golden/record_files.py check` takes every run to JAX and back
+after step 30. It compares step 130 with that of a run that stayed. Then it runs `docs/keras.md` with the real libraries.
 """
 
 import contextlib
+import io
 import json
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -192,6 +197,17 @@ class KerasRun:
             with h5py.File(path) as opened:
                 return {key: value[()] for key, value in opened["optimizer/vars"].items()}
 
+    def save(self, path: str) -> None:
+        self.model.save(path)
+
+    def load(self, variables: Arrays, stays: "KerasRun") -> None:
+        """The optimizer that was in JAX."""
+        for variable in self.optimizer.variables:
+            variable.assign(variables[variable.path])
+        assert (
+            list(variables) == [v.path for v in self.optimizer.variables] == [v.path for v in stays.optimizer.variables]
+        )
+
     def described(self) -> dict[str, Any]:
         """The config in a .keras file, after a check that the file has the same variables as a .weights.h5."""
         import h5py
@@ -314,6 +330,26 @@ class TensorFlowRun:
             reader = self.tf.train.load_checkpoint(self.saver.save(self.session, f"{folder}/model.ckpt"))
             return {name: reader.get_tensor(name) for name in sorted(reader.get_variable_to_shape_map())}
 
+    def save(self, path: str) -> None:
+        with self.graph.as_default():
+            self.saver.save(self.session, path, write_meta_graph=False)
+
+    def load(self, slots: Arrays, stays: "TensorFlowRun") -> None:
+        """The optimizer that was in JAX, and the shadows that stayed."""
+        with self.graph.as_default():
+            loaded = 0
+            for variable in self.v1.global_variables():
+                name = variable.op.name
+                if (part := re.search(r"/part_(\d)", name)) is not None:  # of a partitioned variable, in equal parts
+                    rows = {key: np.array_split(x, 2)[int(part[1])] for key, x in slots.items() if x.ndim}
+                    slot = rows.get(name.replace(part[0], ""))
+                else:
+                    slot = slots.get(name)
+                if slot is not None:
+                    loaded += 1
+                    variable.load(slot, self.session)
+            assert loaded >= len(slots)
+
     def described(self) -> dict[str, Any]:
         return {}
 
@@ -373,10 +409,80 @@ def recorded(
 LIBRARIES = {"keras": record_keras, "tensorflow1": record_tensorflow1}
 
 
+# --- The check with the real libraries -----------------------------------------------------------------------
+
+
+def check() -> None:
+    """Takes the runs to JAX and back, and runs the page."""
+    from rmsprop_jax.checkpoints import from_keras, from_tensorflow, to_keras, to_tensorflow
+
+    def through_keras(run: KerasRun, case: dict[str, Any]) -> Arrays:
+        config, names = run.optimizer.get_config(), list(run.params())
+        excluded = case.get("excluded", [])
+        _, state = from_keras(config, run.file(), names, dict, exclude_from_weight_decay=excluded)
+        return to_keras(state, names, dict, config=config)
+
+    def through_tensorflow(run: TensorFlowRun, case: dict[str, Any]) -> Arrays:
+        arguments = {key: value for key, value in case.items() if key not in NOT_ARGUMENTS or key == "scope"}
+        others = [f"net/output/bias/RMSProp_{i}" for i in (2, 3) if "second" in case]
+        file = {key: value for key, value in run.file().items() if key not in others}
+        _, state = from_tensorflow(file, list(run.params()), dict, **arguments)
+        kept = {key: value for key, value in arguments.items() if key in ("centered", "name", "scope")}
+        return to_tensorflow(state, list(run.params()), dict, **kept)
+
+    check_way_back(KERAS_CASES, KerasRun, through_keras)
+    check_way_back(TENSORFLOW_CASES, TensorFlowRun, through_tensorflow)
+    check_page()
+
+
+def check_way_back(cases: dict[str, Any], run_of: Callable[..., Any], through_jax: Callable[..., Arrays]) -> None:
+    """A run whose optimizer was in JAX ends where the run ends that stayed."""
+    params, gradients = problem("float32")
+    for case, arguments in cases.items():
+        stays = run_of(arguments, params, "float32")
+        for t in range(STOP):
+            stays.step({name: value[t] for name, value in gradients.items()})
+        returns = run_of(arguments, dict(zip(params, stays.params().values(), strict=True)), "float32")
+        returns.load(through_jax(stays, arguments), stays)
+        for t in range(STOP, STEPS):
+            for run in (stays, returns):
+                run.step({name: value[t] for name, value in gradients.items()})
+        distance = np.abs(joined(stays.params()) - joined(returns.params())).max()
+        print(f"{run_of.__name__} {case}: {distance:.1e}")
+        if distance > 1e-5:
+            raise AssertionError(case)
+
+
+def check_page() -> None:
+    """Every block of the page prints what it says."""
+    page = (Path(__file__).parents[2] / "docs" / "keras.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", page, re.DOTALL | re.MULTILINE)
+    params, gradients = problem("float32")
+    runs = {
+        "model.keras": KerasRun(KERAS_CASES["weight_decay_excluded"], params, "float32"),
+        "model.ckpt-30": TensorFlowRun(TENSORFLOW_CASES["centered_momentum"], params, "float32"),
+    }
+    with contextlib.chdir(tempfile.mkdtemp()):
+        for path, run in runs.items():
+            for t in range(STOP):
+                run.step({name: value[t] for name, value in gradients.items()})
+            run.save(path)
+        scope: dict[str, Any] = {}
+        for block, prints in blocks:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(block, scope)
+            if printed.getvalue() != prints:
+                raise AssertionError(f"{block}\nprints {printed.getvalue()}")
+    print(f"docs/keras.md: {len(blocks)} blocks")
+
+
 def main(names: list[str]) -> None:
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    if names == ["check"]:
+        check()
+        return
     if not names or not set(names) <= set(LIBRARIES):
         raise SystemExit(f"usage: python tests/golden/record_files.py LIBRARY..., each one of {', '.join(LIBRARIES)}")
-    os.environ["KERAS_BACKEND"] = "tensorflow"
     for name in names:
         path = Path(__file__).with_name(f"{name}_files.npz")
         np.savez_compressed(path, **LIBRARIES[name]())
