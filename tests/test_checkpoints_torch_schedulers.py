@@ -526,6 +526,12 @@ def test_what_is_no_state_dict_is_refused(file: Any) -> None:
         schedules_of(file, GROUPS, step=0)
 
 
+@pytest.mark.parametrize("name", ["SequentialLR", "ChainedScheduler"])
+def test_file_that_contains_itself_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be in at most 5 others"):
+        file_of(name)(lambda file: file.update(_schedulers=[file] * len(file["_schedulers"])))
+
+
 def test_scheduler_that_follows_from_the_rates_before_it_is_refused() -> None:
     """A MultiplicativeLR in second place multiplies what the first one left."""
     first, second = case("ConstantLR", 0.5, 3), CASES["MultiplicativeLR"]

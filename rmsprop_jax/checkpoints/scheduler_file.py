@@ -13,6 +13,7 @@ from rmsprop_jax.arguments import shown
 from rmsprop_jax.checkpoints.curves import LARGEST_EPOCH
 
 _LARGEST = float(np.finfo(np.float64).max)
+_DEEPEST = 5
 
 
 class File(NamedTuple):
@@ -25,6 +26,7 @@ class File(NamedTuple):
       functions: the caller's, for this scheduler.
       last: the last epoch that is needed of functions, if that is known.
       begun: whether the scheduler was ever stepped: in a SequentialLR not before its turn.
+      depth: in how many other files it lies.
     """
 
     where: str
@@ -33,6 +35,7 @@ class File(NamedTuple):
     functions: Any
     last: int | None
     begun: bool = True
+    depth: int = 0
 
     def named(self, key: str) -> str:
         """What messages call the number under a key."""
@@ -82,8 +85,10 @@ class File(NamedTuple):
         values = self.sequence(key)
         if not values or not all(isinstance(value, Mapping) for value in values):
             raise TypeError(f"{self.named(key)} must be a list of dicts, at least one, got {shown(values)}")
+        if self.depth == _DEEPEST:  # a file may even contain itself
+            raise ValueError(f"{self.named(key)} must be in at most {_DEEPEST} others, got more; give torch's own file")
         return [
-            File(f"{self.where}[{key!r}][{index}]", value, self.groups, None, None)
+            File(f"{self.where}[{key!r}][{index}]", value, self.groups, None, None, depth=self.depth + 1)
             for index, value in enumerate(values)
         ]
 
