@@ -453,6 +453,11 @@ REFUSED: dict[str, tuple[str, Callable[..., Any], dict[str, Any], type[Exception
     "function without a number": (
         "LambdaLR", nothing, {"functions": {"LambdaLR": lambda epoch: None}}, TypeError, "at 0 must be a finite"
     ),
+    "function that fails": (
+        "LambdaLR", nothing, {"functions": {"LambdaLR": lambda epoch: 1e300 ** (epoch - 3)}}, ValueError,
+        "functions of scheduler_state_dict at 5 must be a finite number, got the error OverflowError",
+    ),
+    "unused base": ("OneCycleLR", put(base_lrs=[0.1, "x"]), {}, TypeError, "'base_lrs' .* at 1 must be .* got 'x'"),
     "no total": ("LambdaLR", nothing, {"total_steps": None}, ValueError, "total_steps must be given with functions"),
     "total too small": ("LambdaLR", nothing, {"total_steps": 5}, ValueError, "LambdaLR has nan at last_epoch 20"),
     "one lambda": ("LambdaLR", put(lr_lambdas=[None]), {}, ValueError, "'lr_lambdas' .* has 1 entries for 2 groups"),

@@ -223,6 +223,8 @@ def _read(file: File) -> _Scheduler:
         raise ValueError(
             f"functions must be None for {file.where}, a {found[0].name}, which has none, got {shown(file.functions)}"
         )
+    if "base_lrs" in file.items:
+        file.per_group("base_lrs")  # OneCycleLR has them too, and does not use them
     return found[0].read(file)
 
 
@@ -398,7 +400,15 @@ def _values(file: File, function: Callable[[Any], Any], first: int = 0) -> list[
             "total_steps must be given with functions, whose numbers are read into a table, got None; give last_epoch "
             "at the end of the run"
         )
-    return [number_of(f"functions of {file.where} at {n}", function(n)) for n in range(first, file.last + 1)]
+    return [_value(f"functions of {file.where} at {n}", function, n) for n in range(first, file.last + 1)]
+
+
+def _value(what: str, function: Callable[[Any], Any], n: int) -> float:
+    try:
+        value = function(n)
+    except Exception as error:  # it may be one of attributes that the file has
+        raise ValueError(f"{what} must be a finite number, got the error {shown(error)}") from error
+    return number_of(what, value)
 
 
 # --- Several schedulers in one --------------------------------------------------------------------------------
