@@ -285,12 +285,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a negative count": (
         lambda: from_optax(replaced(STATE, count=jnp.asarray(-1)), LIKE),
         ValueError,
-        "opt_state counts -1",
+        "opt_state.count is -1, which is no number of updates",
     ),
     "a count that is a float": (
         lambda: from_optax(replaced(STATE, count=jnp.asarray(1.0)), LIKE),
         TypeError,
-        "the count in opt_state must be an integer, got float32",
+        "opt_state.count must be an int32 scalar, got float32",
     ),
     "no decay": (
         lambda: from_optax(CORRECTED, dialects.optax(0.1, bias_correction=True).init(PLAIN)),

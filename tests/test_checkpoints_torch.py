@@ -620,7 +620,11 @@ MALFORMED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "an optimizer": (lambda _: Run().optimizer, TypeError, "got RMSprop; call its state_dict()"),
     "a list": (lambda file: [file], TypeError, "must be a state dict, got list"),
     "the model's": (lambda _: dict(Run().params), ValueError, "no 'state' and no 'param_groups', but ['conv.weight'"),
-    "all of the run": (lambda file: {"model": {}, "optimizer": file}, ValueError, "did you mean optimizer_state_dict['optimizer']?"),
+    "all of the run": (
+        lambda file: {"model": {}, "optimizer": file},
+        ValueError,
+        "did you mean optimizer_state_dict['optimizer']?",
+    ),
     "no groups": (drop("param_groups"), ValueError, "no 'param_groups'"),
     "no state": (drop("state"), ValueError, "no 'state'"),
     "empty groups": (put("param_groups", value=[]), ValueError, "['param_groups'] is empty"),

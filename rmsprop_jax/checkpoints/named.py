@@ -380,6 +380,8 @@ def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:
 
 def _check_part(place: str, part: RMSPropState) -> None:
     """Raises unless every slot is as ``init`` gives it: arrays of the shape and the kind of the parameter."""
+    if part.square_avg is None:
+        raise ValueError(f"{place}.square_avg is None; every RMSProp keeps a square_avg, so give what init gives")
     expected = {jax.tree_util.keystr(path): leaf for path, leaf in _leaves(part.square_avg)}
     for slot in SLOTS:
         tree = getattr(part, slot)
@@ -415,8 +417,9 @@ def _check_leaf(place: str, slot: str, path: str, leaf: Any, like: Any) -> None:
 def _count_of(where: str, step: Any) -> int:
     """The number of updates, if the counter has not stopped."""
     number = np.asarray(step) if isinstance(step, int) and not isinstance(step, bool) else step
-    if not (is_array(number) and jnp.issubdtype(number.dtype, jnp.integer) and number.shape == ()):
-        got = f"{number.dtype} {number.shape}" if is_array(number) else shown(number)
+    is_number = isinstance(number, np.ndarray | np.generic | jax.Array)
+    if not (is_number and jnp.issubdtype(number.dtype, jnp.integer) and number.shape == ()):
+        got = f"{number.dtype} {number.shape}" if is_number else shown(number)
         raise TypeError(f"{where} must be an int32 scalar as init gives it, got {got}; a narrow float stops counting")
     if not 0 <= number < largest_count(number.dtype):
         raise ValueError(

@@ -17,7 +17,16 @@ import optax
 
 from rmsprop_jax.arguments import check_smoothing, known, shown
 from rmsprop_jax.checkpoints.slots import average_of_squares, check_slots, largest_count, scaled, variance
-from rmsprop_jax.state import RMSPropState, find_states, is_array, is_state, leaf_key, leaf_name
+from rmsprop_jax.state import (
+    RMSPropState,
+    check_containers,
+    find_states,
+    is_array,
+    is_state,
+    leaf_key,
+    leaf_name,
+    unboxed,
+)
 
 __all__ = ["from_optax", "to_optax"]
 
@@ -78,13 +87,15 @@ def from_optax(
       1 [0.025 0.1  ]
     """
     decay = _checked_decay(decay)
-    steps = _Steps(opt_state, step)
+    check_containers("opt_state", opt_state)
     find_states("like", like, _BUILD_LIKE)
+    opt_state = unboxed(opt_state)
+    steps = _Steps(opt_state, step)
 
     def convert(ours: Any, theirs: Any, where: str) -> Any:
         return _read(ours, theirs, where, steps, decay) if is_state(ours) else None
 
-    return _walk(like, opt_state, "opt_state", _same, convert)
+    return _boxed_like(like, _walk(unboxed(like), opt_state, "opt_state", _same, convert))
 
 
 def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None = None) -> optax.OptState:
@@ -123,11 +134,17 @@ def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None
     """
     decay = _checked_decay(decay)
     find_states("state", state)
+    check_containers("like", like)
 
     def convert(theirs: Any, ours: Any, where: str) -> Any:
         return _written(theirs, ours, where, decay) if is_state(ours) else None
 
-    return _walk(like, state, "state", _same, convert)
+    return _boxed_like(like, _walk(unboxed(like), unboxed(state), "state", _same, convert))
+
+
+def _boxed_like(like: Any, tree: Any) -> Any:
+    """``tree`` in the boxes of ``like``, if Flax's nnx keeps its arrays in boxes."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
 _BUILD_LIKE = "build the transformation with a function of rmsprop_jax.dialects, and give what its init returns"
@@ -154,8 +171,8 @@ class _Steps:
             raise TypeError(f"step must be the number of updates so far, an int ≥ 0, got {shown(step)}")
         self.step = step
         leaves = jax.tree_util.tree_leaves_with_path(opt_state)
-        counts = [leaf for path, leaf in leaves if {"count", "gradient_step"} & set(leaf_name(path)[-2:])]
-        self.outside = {int(x) for x in counts if is_array(x) and np.shape(x) == ()}
+        counts = [leaf for path, leaf in leaves if leaf_name(path)[-1:] in (("count",), ("gradient_step",))]
+        self.outside = {int(x) for x in counts if _is_whole(x) and np.shape(x) == ()}
 
     def of(self, own: Any, like: Any, where: str) -> np.ndarray:
         """The step of the RMSProp at ``where``, whose schedule or bias correction counts ``own`` (or ``None``)."""
@@ -202,17 +219,17 @@ def _part(node: Any, where: str) -> _Part:
     level = _level(node)[1]
     nodes = [level] if "nu" in level else [_level(child)[1] for child in level.values()]
     found = [field for fields in nodes for field in fields.items()]
+    if "nu" not in level:  # a leaf is no state
+        found += [(shown(child), child) for child in level.values() if jax.tree_util.all_leaves([child])]
     kinds = {type(part).__name__ for part in [node, *level.values()] if hasattr(part, "_fields")}
     trees = {name: tree for name, tree in found if name != "count"}
-    counts = [np.asarray(_only_leaf(value, f"{where}.count")) for name, value in found if name == "count"]
+    counts = [_count(value, f"{where}.count") for name, value in found if name == "count"]
     if kinds & _OTHERS or "nu" not in trees or not set(trees) <= set(_SLOT_OF) or len(trees) + len(counts) < len(found):
         raise ValueError(
             f"{where} must be the state of optax.rmsprop, which has a nu, and may have a mu, a trace and a count, but "
             f"it has {shown(sorted(kinds) or [name for name, _ in found])}; build the two optimizers alike, with "
             "dialects.optax here"
         )
-    if any(count.dtype.kind not in "iu" for count in counts):
-        raise TypeError(f"the count in {where} must be an integer, got {counts[0].dtype}")
     if any(not np.array_equal(count, counts[0]) for count in counts):
         raise ValueError(f"{where} counts {' and '.join(map(str, counts))} updates; give the state of one run")
     is_corrected = any({"nu", "count"} <= set(fields) for fields in nodes)
@@ -224,10 +241,11 @@ def _read(ours: RMSPropState, theirs: Any, where: str, steps: _Steps, decay: flo
     """``ours`` with the numbers of the state of an ``optax.rmsprop``."""
     part = _part(theirs, where)
     _check_same_slots(ours, part, where)
-    step = steps.of(part.updates, _only_leaf(ours.step, where), where)
+    step = steps.of(part.updates, ours.step, where)
     weight = _weight(part, step, decay, where)
     templates = {_SLOT_OF[name]: getattr(ours, _SLOT_OF[name]) for name in part.trees}
     sources = {_SLOT_OF[name]: tree for name, tree in part.trees.items()}
+    _check_stacked(step, templates["square_avg"], where)
     trees = _carried(templates, sources, where, lambda name, slots: _as_here(name, slots, weight))
     return ours._replace(step=_counted(step, ours.step), **trees)
 
@@ -236,10 +254,11 @@ def _written(theirs: Any, ours: RMSPropState, where: str, decay: float | None) -
     """``theirs``, the state of an ``optax.rmsprop``, with the numbers of ``ours``."""
     part = _part(theirs, "like")
     _check_same_slots(ours, part, where)
-    step = np.asarray(_only_leaf(ours.step, where))
+    step = _count(ours.step, f"{where}.step")
     weight = _weight(part, step, decay, "like")
     templates = {_SLOT_OF[name]: tree for name, tree in part.trees.items()}
     sources = {slot: getattr(ours, slot) for slot in templates}
+    _check_stacked(step, templates["square_avg"], where)
     trees = _carried(templates, sources, where, lambda name, slots: _as_in_optax(name, slots, weight))
 
     def filled(node: Any) -> Any:
@@ -260,6 +279,12 @@ def _check_same_slots(ours: RMSPropState, part: _Part, where: str) -> None:
                 f"{where} has {'a' if is_there else 'no'} {name} in Optax, but {'a' if is_here else 'no'} {slot} here; "
                 f"build both optimizers with {_ARGUMENT_OF[name]}, or neither"
             )
+
+
+def _check_stacked(step: np.ndarray, square_avg: Any, where: str) -> None:
+    """Raises unless there is one step, or one for each state of a stack."""
+    if any(leaf.shape[: step.ndim] != step.shape for leaf in jax.tree.leaves(square_avg)):
+        raise ValueError(f"{where} counts steps of shape {step.shape}, which is not how its slots are stacked")
 
 
 def _weight(part: _Part, step: np.ndarray, decay: float | None, where: str) -> float:
@@ -332,9 +357,9 @@ def _placed(value: np.ndarray, dtype: np.dtype, source: Any) -> jax.Array:
     return jnp.array(array)
 
 
-def _counted(step: np.ndarray, like: Any) -> Any:
-    """``step`` in the counter ``like``, and in its box if it has one."""
-    return jax.tree.map(lambda x: jnp.asarray(np.broadcast_to(step, x.shape), x.dtype), like)
+def _counted(step: np.ndarray, like: Any) -> jax.Array:
+    """``step`` in the counter ``like``."""
+    return jnp.asarray(np.broadcast_to(step, like.shape), like.dtype)
 
 
 # --- Two states at once ----------------------------------------------------------------------------------------
@@ -357,6 +382,8 @@ def _walk(
         return converted
     if jax.tree_util.all_leaves([template]):
         return leaf(template, other, where)
+    if jax.tree_util.all_leaves([other]):
+        raise ValueError(f"{where} is {shown(other)}, but in like it is a {type(template).__name__}; build both alike")
     structure, children = _level(template)
     children, others, spread = _grouped(template, children, _level(other)[1])
     for name, child in {**others, **children}.items():
@@ -403,34 +430,64 @@ def _grouped(
 
 def _same(like: Any, other: Any, where: str) -> Any:
     """``other``, if it is like ``like``."""
-    leaf = _only_leaf(other, where)
-    if not is_array(like):
-        return leaf
-    array = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    if not is_array(like) or jnp.issubdtype(like.dtype, jax.dtypes.extended):
+        return other
+    array = _array(other, where)
     if (array.shape, array.dtype) != (like.shape, like.dtype):
         raise ValueError(
             f"{where} is {array.dtype} {array.shape}, but in like it is {like.dtype} {like.shape}; build both alike, "
             "or cast it"
         )
-    return array
+    is_injected = array.shape == () and not isinstance(like, jax.ShapeDtypeStruct)
+    if is_injected and np.isfinite(np.asarray(like)) and not np.isfinite(np.asarray(array)):
+        raise ValueError(f"{where} is {array}, but in like it is {like}; take a state from before the run diverged")
+    return jnp.asarray(array)
 
 
 def _slot(like: Any, other: Any, where: str) -> Any:
     """``other``, if it is an array of the shape and the kind of ``like``."""
-    leaf = _only_leaf(other, where)
-    if not (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)):
-        raise TypeError(f"{where} must be a floating or complex array, got {getattr(leaf, 'dtype', shown(leaf))}")
-    if leaf.shape != like.shape or (leaf.dtype.kind == "c") != (like.dtype.kind == "c"):
+    array = _array(other, where)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(f"{where} must be a floating or complex array, got {array.dtype}")
+    if array.shape != like.shape or (array.dtype.kind == "c") != (like.dtype.kind == "c"):
         raise ValueError(
-            f"{where} is {leaf.dtype} {leaf.shape}, but in like it is {like.dtype} {like.shape}; both must be for the "
-            "same parameters"
+            f"{where} is {array.dtype} {array.shape}, but in like it is {like.dtype} {like.shape}; both must be for "
+            "the same parameters"
         )
-    return leaf
+    return array
 
 
-def _only_leaf(tree: Any, where: str) -> Any:
-    """A leaf, taken out of the box that Flax's nnx keeps it in."""
-    leaves = jax.tree.leaves(tree)
-    if len(leaves) != 1:
-        raise ValueError(f"{where} must be one array, as in like, got {shown(tree)}")
-    return leaves[0]
+def _count(value: Any, where: str) -> np.ndarray:
+    """A number of updates, or a stack of them."""
+    array = _array(value, where)
+    if not _is_whole(value):
+        raise TypeError(f"{where} must be an int32 scalar, got {array.dtype}")
+    count = np.asarray(array)
+    if not count.size or not 0 <= count.min() <= count.max() < largest_count(jnp.dtype(jnp.int32)):
+        raise ValueError(f"{where} is {shown(count.tolist())}, which is no number of updates")
+    return count
+
+
+def _is_whole(value: Any) -> bool:
+    is_array_of_integers = isinstance(value, np.ndarray | np.generic | jax.Array) and jnp.issubdtype(
+        value.dtype, jnp.integer
+    )
+    return (is_array_of_integers and not isinstance(value, np.ma.MaskedArray)) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    )
+
+
+def _array(value: Any, where: str) -> np.ndarray | jax.Array:
+    """An array of numbers of JAX or NumPy, or a number of Python."""
+    is_number = isinstance(value, bool | float | complex) or _is_whole(value)
+    if not (is_number or isinstance(value, np.ndarray | np.generic | jax.Array)):
+        raise TypeError(f"{where} must be an array, got {shown(value)}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{where} must be an array without a mask, which would be lost; give its filled(...)")
+    if isinstance(value, jax.Array):
+        return value
+    array = np.asarray(value)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{where} must be an array of numbers, got {array.dtype}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if isinstance(value, np.ndarray | np.generic) else array.astype(jnp.result_type(value))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -272,7 +273,14 @@ def _hyperparameter(index: int, key: str, value: Any) -> Any:
         if not isinstance(plain, bool | int) or plain not in (0, 1):
             raise TypeError(f"{what} must be True or False, got {shown(plain)}")
         return bool(plain)
-    return _CHECKS[key](what, plain) if key in _CHECKS else plain
+    if key not in _CHECKS:
+        return plain
+    if callable(plain):
+        raise TypeError(f"{what} must be a number, got {shown(plain)}")
+    number = _CHECKS[key](what, plain)
+    if np.isinf(float(jnp.asarray(number, float))):
+        raise ValueError(f"{what} is {shown(plain)}, which is infinite in float32; switch jax_enable_x64 on")
+    return number
 
 
 def _slots_of_group(index: int, group: Mapping[str, Any]) -> list[str]:

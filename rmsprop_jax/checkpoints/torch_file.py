@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax.arguments import shown
@@ -152,8 +153,10 @@ def _unflattened(argument: str, file: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _equal(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether two groups have equal hyperparameters. Values that are no plain numbers are equal if they look so."""
-    return settings.keys() == others.keys() and all(repr(settings[key]) == repr(others[key]) for key in settings)
+    """Whether two groups have equal hyperparameters. Values of any kind are equal if they look so."""
+    return settings.keys() == others.keys() and all(
+        shown(settings[key], 500) == shown(others[key], 500) for key in settings
+    )
 
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -340,4 +343,7 @@ def array_of(what: str, value: Any) -> np.ndarray:
         raise TypeError(f"{what} must be an array without a mask, which would be lost; give value.filled(...)")
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
         raise TypeError(f"{what} must be a tensor or an array, got {type(value).__name__}")
-    return np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
+        raise TypeError(f"{what} must be an array of numbers, got {value.dtype}")
+    array = np.asarray(value)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
