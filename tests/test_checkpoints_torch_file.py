@@ -203,7 +203,7 @@ def test_momentum_that_a_scheduler_moves_is_asked_for() -> None:
         scheduler.step()
     with pytest.raises(
         ValueError,
-        match=r"^group 0 has 'base_momentum', so a scheduler moves its momentum, which is 0\.\d+ now; give momentum=",
+        match=r"^group 0 has 'base_momentum', .* which is 0\.\d+ now; give scheduler_state_dict, or momentum=",
     ):
         from_torch(run.file(), NAMES, same, lr=0.1)
     file, start = run.file(), run.params()
@@ -227,13 +227,52 @@ def test_momentum_that_a_scheduler_moves_is_asked_for() -> None:
     assert_close(params, run.params(), ulps=32, scale="array")
 
 
+def test_scheduler_of_the_run_continues_with_its_file() -> None:
+    run = Run(two_groups)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, [0.1, 0.05], total_steps=20)
+    for _ in range(10):
+        run.step()
+        scheduler.step()
+    tx, state = from_torch(run.file(), NAMES, same, scheduler_state_dict=scheduler.state_dict())
+    params = run.params()
+    for _ in range(9):
+        g = run.gradients()
+        updates, state = tx.update({name: jnp.array(x) for name, x in g.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+        run.step(g)
+        scheduler.step()
+    assert_close(params, run.params(), ulps=64, scale="array")
+
+
+def test_scheduler_of_epochs_is_read_with_the_updates_of_an_epoch() -> None:
+    run = Run()
+    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 2, gamma=0.1)
+    for _ in range(3):
+        run.steps(4)
+        scheduler.step()
+    tx, state = from_torch(
+        run.file(), NAMES, same, scheduler_state_dict=scheduler.state_dict(), updates_per_scheduler_step=4
+    )
+    continued(run, tx, state, 4)  # the third epoch; then comes the next stair
+    with pytest.raises(ValueError, match=r"^lr is given, but scheduler_state_dict has it too"):
+        from_torch(
+            run.file(),
+            NAMES,
+            same,
+            lr=0.1,
+            step=12,
+            scheduler_state_dict=scheduler.state_dict(),
+            updates_per_scheduler_step=4,
+        )
+
+
 def test_rate_that_a_scheduler_set_is_never_frozen_silently() -> None:
     run = Run()
     torch.optim.lr_scheduler.StepLR(run.optimizer, 5)
     run.step()
     with pytest.warns(
         UserWarning,
-        match=r"^group 0 has 'initial_lr', so a scheduler set its learning rate, which stays at 0.02 now; give lr=",
+        match=r"^group 0 has 'initial_lr', .* which stays at 0.02 now; give scheduler_state_dict, or lr=",
     ):
         from_torch(run.file(), NAMES, same)
     from_torch(run.file(), NAMES, same, lr=0.02)  # warnings are errors

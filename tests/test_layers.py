@@ -62,7 +62,9 @@ ROOMS: dict[str, Room] = {
     "plotting": Room(5, {"diagnostics"}),
     "checkpoints.torch_file": Room(5, {"arguments", "checkpoints.slots"}),
     "checkpoints.torch": Room(
-        6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named", "checkpoints.torch_file"}
+        6,
+        {"arguments", "transform", "checkpoints.slots", "checkpoints.named", "checkpoints.torch_file"}
+        | {"checkpoints.torch_schedulers"},
     ),
     "checkpoints.variables": Room(5, {"state", "arguments", "checkpoints.slots"}),
     "checkpoints.keras": Room(
@@ -72,7 +74,11 @@ ROOMS: dict[str, Room] = {
     ),
     "checkpoints.tensorflow": Room(6, {"arguments", "dialects", "checkpoints.named", "checkpoints.variables"}),
     "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
-    "checkpoints": Room(7, {"checkpoints.keras", "checkpoints.optax", "checkpoints.tensorflow", "checkpoints.torch"}),
+    "checkpoints": Room(
+        7,
+        {"checkpoints.keras", "checkpoints.optax", "checkpoints.tensorflow", "checkpoints.torch"}
+        | {"checkpoints.torch_schedulers"},
+    ),
     # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
         8,
@@ -230,7 +236,10 @@ SHARED = {"diagnostics": {"ask", "leaves_after", "leaves_of"}}  # what the rooms
 PUBLIC = ("transform", "dialects", "translation", "recipes", "diagnostics", "recorder", "summary", "plotting")
 
 
-@pytest.mark.parametrize("room", [*PUBLIC, "checkpoints.torch", "checkpoints.keras", "checkpoints.tensorflow"])
+CHECKPOINTS = ("checkpoints.torch", "checkpoints.optax", "checkpoints.keras", "checkpoints.tensorflow")
+
+
+@pytest.mark.parametrize("room", [*PUBLIC, *CHECKPOINTS, "checkpoints.torch_schedulers"])
 def test_public_room_lists_everything_that_it_offers(room: str) -> None:
     module = importlib.import_module(f"{NAME}.{room}")
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}

@@ -33,7 +33,7 @@ from rmsprop_jax.state import (
     unboxed,
 )
 
-__all__ = ["build_optimizer", "check_functions", "checked_names", "slots_by_name"]
+__all__ = ["build_optimizer", "check_functions", "checked_names", "common_step", "slots_by_name"]
 
 
 def checked_names(names: Iterable[str], example: str) -> list[str]:
@@ -106,7 +106,7 @@ def build_optimizer(
       >>> print(state.step, state.square_avg["kernel"])
       7 [1. 2.]
     """
-    step = _common_step(parameters) if step is None else step
+    step = common_step(parameters) if step is None else step
 
     def build(arrays: Iterable[np.ndarray]) -> chex.ArrayTree:
         return _tree_of(to_params, {p.name: array for p, array in zip(parameters, arrays, strict=True)})
@@ -152,7 +152,12 @@ def _check_kept(parameter: Parameter, kept: set[str]) -> None:
 _BUILD_ONE = "build the transformation with rmsprop_jax.rmsprop, scale_by_rmsprop or a function of dialects"
 
 
-def _common_step(parameters: Sequence[Parameter]) -> int:
+def common_step(parameters: Sequence[Parameter]) -> int:
+    """The step that all parameters have; 0 if none has one.
+
+    Raises:
+      ValueError: if they differ.
+    """
     first: dict[int, Parameter] = {}
     for p in parameters:
         if p.step is not None:

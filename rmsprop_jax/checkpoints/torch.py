@@ -16,9 +16,10 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_eps, check_number, check_smoothing, shown
-from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, slots_by_name
+from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, common_step, slots_by_name
 from rmsprop_jax.checkpoints.slots import SLOTS, Parameter, average_of_squares, check_slots, shape_and_dtype, variance
 from rmsprop_jax.checkpoints.torch_file import File, array_of, keys_of, python_of, read_file, step_of_entry
+from rmsprop_jax.checkpoints.torch_schedulers import schedules_of
 from rmsprop_jax.transform import rmsprop
 
 __all__ = ["from_torch", "to_torch"]
@@ -62,6 +63,8 @@ def from_torch(
     eps: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     weight_decay: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     momentum: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    scheduler_state_dict: Mapping[str, Any] | None = None,
+    updates_per_scheduler_step: int = 1,
     transformation: Callable[..., optax.GradientTransformation] = rmsprop,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     """The transformation and the state that continue a run of ``torch.optim.RMSprop`` in JAX.
@@ -106,6 +109,11 @@ def from_torch(
       weight_decay: as ``lr``.
       momentum: as ``lr``. It must be given for a run whose scheduler moves the momentum (``OneCycleLR``, ``CyclicLR``),
         since the file holds only its momentary value.
+      scheduler_state_dict: what ``scheduler.state_dict()`` returned at the same moment. The learning rate, and the
+        momentum if the scheduler moves it, then become the schedules that continue it; see
+        :func:`rmsprop_jax.checkpoints.schedules_of`, which takes what a file cannot hold.
+      updates_per_scheduler_step: updates from one ``scheduler.step()`` to the next: those of an epoch if it is called
+        once per epoch.
       transformation: what to build, with the hyperparameters as keyword arguments. Other optimizers with torch's
         slots have their own: ``dialects.timm`` for timm's RMSpropTF, ``dialects.stable_baselines3`` for
         Stable-Baselines3's RMSpropTFLike, whose file looks the same as torch's. A function of your own may put
@@ -140,22 +148,30 @@ def from_torch(
     check_functions(to_params=to_params, transformation=transformation)
     file = read_file("optimizer_state_dict", optimizer_state_dict)
     keys = keys_of(file, checked_names(names, _EXAMPLE_OF_NAMES))
+    step = _checked_step(step)
     given = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
     numbers = _numbers_by_group(file, given)
-    transformations = [
-        transformation(**_hyperparameters(index, group, own, transformation))
-        for index, (group, own) in enumerate(zip(file.groups, numbers, strict=True))
-    ]
     grown = _grown(file, keys, params, missing)
     parameters = [
-        _parameter(file, name, key, index, params, "momentum" in numbers[index])
+        _parameter(file, name, key, index, params, "momentum" in numbers[index] or scheduler_state_dict is not None)
         for name, (key, index) in keys.items()
         if name not in grown
     ]
     parameters += [_new_parameter(name, group, params) for name, group in grown.items()]
+    step = common_step(parameters) if step is None else step
+    if scheduler_state_dict is not None:
+        schedules = schedules_of(
+            scheduler_state_dict, file.groups, step=step, updates_per_step=updates_per_scheduler_step
+        )
+        numbers = _scheduled(numbers, schedules)
+    _check_no_scheduler_is_forgotten(file, numbers)
+    transformations = [
+        transformation(**_hyperparameters(index, group, own, transformation))
+        for index, (group, own) in enumerate(zip(file.groups, numbers, strict=True))
+    ]
     if grown:
         warnings.warn(f"these parameters are not in the file and start anew: {', '.join(grown)}", stacklevel=2)
-    return build_optimizer(parameters, to_params, transformations, _checked_step(step))
+    return build_optimizer(parameters, to_params, transformations, step)
 
 
 def _checked_step(step: Any) -> int | None:
@@ -209,7 +225,7 @@ def _new_parameter(name: str, group: int, params: Mapping[str, Any] | None) -> P
 
 
 def _numbers_by_group(file: File, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each group the numbers that replace those in the file, after a check that no scheduler is forgotten."""
+    """For each group the numbers that replace those in the file."""
     numbers: list[dict[str, Any]] = [{} for _ in file.groups]
     for name, value in given.items():
         values = value if isinstance(value, list | tuple) else [value] * len(file.groups)
@@ -221,20 +237,36 @@ def _numbers_by_group(file: File, given: Mapping[str, Any]) -> list[dict[str, An
         for own, x in zip(numbers, values, strict=True):
             if x is not None:
                 own[name] = x
+    return numbers
+
+
+def _scheduled(
+    numbers: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, optax.Schedule]]
+) -> list[dict[str, Any]]:
+    """``numbers`` and the schedules of each group, after a check that they do not both have the same one."""
+    for own, scheduled in zip(numbers, schedules, strict=True):
+        twice = sorted(own.keys() & scheduled.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is given, but scheduler_state_dict has it too; leave one of the two out")
+    return [{**own, **scheduled} for own, scheduled in zip(numbers, schedules, strict=True)]
+
+
+def _check_no_scheduler_is_forgotten(file: File, numbers: Sequence[Mapping[str, Any]]) -> None:
     for index, (group, own) in enumerate(zip(file.groups, numbers, strict=True)):
         moved = next((key for key in ("base_momentum", "max_momentum") if key in group), None)
         if moved is not None and "momentum" not in own:
             raise ValueError(
                 f"group {index} has {moved!r}, so a scheduler moves its momentum, which is "
-                f"{shown(group.get('momentum'))} now; give momentum= a schedule, or the number that it is to keep"
+                f"{shown(group.get('momentum'))} now; give scheduler_state_dict, or momentum= a schedule or the number "
+                "that it is to keep"
             )
         if "initial_lr" in group and "lr" not in own:
             warnings.warn(
                 f"group {index} has 'initial_lr', so a scheduler set its learning rate, which stays at "
-                f"{shown(group.get('lr'))} now; give lr= a schedule, or the number that it is to keep",
+                f"{shown(group.get('lr'))} now; give scheduler_state_dict, or lr= a schedule or the number that it is "
+                "to keep",
                 stacklevel=3,
             )
-    return numbers
 
 
 def _hyperparameters(
