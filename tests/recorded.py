@@ -130,7 +130,8 @@ def _stand_ins() -> dict[str, Any]:
     run, checkpoint = run_of("keras", *_PAGE_OF_KERAS), run_of("tensorflow1", "centered_momentum", "float32").file
 
     def variable(path: str, array: np.ndarray) -> SimpleNamespace:
-        """One that takes only an array like itself."""
+        """One that takes only an array like itself, with the path that it has in a model that was loaded."""
+        path = path.replace("sequential/", "").replace("sequential_", "")
         return SimpleNamespace(path=path, numpy=lambda: array, assign=lambda x: np.testing.assert_allclose(x, array))
 
     config = run.about["config"]["float32"]["config"]

@@ -135,6 +135,7 @@ def from_keras(
 
 
 def _excluded(given: Any, settings: Config, names: list[str]) -> list[str]:
+    """The names of the variables that do not decay, which the config does not hold."""
     if given is None:
         if settings.rule["weight_decay"]:
             raise ValueError(
@@ -160,7 +161,7 @@ def _learning_rate(settings: Config, found: Found, given: Any) -> Any:
         return schedule if every == 1 else lambda step: schedule(step * every + (every - 1))
     where, value = found["learning_rate", ""]
     array = array_of(where, value)
-    if array.shape or array.dtype.kind != "f":
+    if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{where} must be a floating scalar, got {array.dtype} {array.shape}")
     if given is not None:
         return given
@@ -270,8 +271,8 @@ def _accumulating(
         if not done and array.any():
             where, _ = found["gradient_accumulator", name]
             raise ValueError(
-                f"{where} is not 0, although iteration is {iteration}, a multiple of gradient_accumulation_steps={steps}; "
-                "give variables and config of one moment"
+                f"{where} is not 0, although iteration is {iteration}, a multiple of gradient_accumulation_steps, "
+                f"{steps}; give variables and config of one moment"
             )
     dtype = np.result_type(np.float32, *(array.dtype for array in sums.values()))
     means = tree.of({name: array.astype(dtype) / max(done, 1) for name, array in sums.items()})
@@ -294,8 +295,8 @@ def _beside_slots(role: str, found: Found, parameters: Sequence[Parameter]) -> d
         array = result[p.name] = real_array_of(where, role, value)
         if array.shape != p.shape:
             raise ValueError(
-                f"{where} has shape {array.shape}, but {found['velocity', p.name][0]} has shape {p.shape}; all variables "
-                "of a parameter are like it"
+                f"{where} has shape {array.shape}, but {found['velocity', p.name][0]} has shape {p.shape}; all "
+                "variables of a parameter are like it"
             )
     return result
 

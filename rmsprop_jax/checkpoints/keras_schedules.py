@@ -2,8 +2,8 @@
 
 They are built from what ``get_config`` of an optimizer wrote for a schedule: its class and its arguments. They compute
 in JAX's own float, float32 or float64 with ``jax_enable_x64``. They count in whole numbers, so that every stair and
-every restart comes at the very n that the arguments say. (Keras computes in float32 when to restart. With ``t_mul=2``, its
-15th restart is one step late.)
+every restart comes at the very n that the arguments say. (Keras computes in float32 when to restart. With ``t_mul=2``,
+its 15th restart is one step late.)
 
 Source: Keras 3.15, ``keras/src/optimizers/schedules/learning_rate_schedule.py``.
 """

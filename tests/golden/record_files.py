@@ -31,7 +31,7 @@ To record again, on a CPU, with Python 3.11 in an environment of its own:
 The same versions on the same kind of processor write the same numbers; on another kind the last bits may differ.
 
 With rmsprop_jax in the same environment, `python tests/golden/record_files.py check` takes every run to JAX and back
-after step 30. It compares step 130 with that of a run that stayed. Then it runs `docs/keras.md` with the real libraries.
+after step 30. It compares step 130 with that of a run that stayed. Then the real libraries run `docs/keras.md`.
 """
 
 import contextlib
