@@ -130,9 +130,18 @@ def test_state_is_what_init_makes(case: str) -> None:
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, fresh)
 
 
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy whose memory JAX could take over as it is."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    copied = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copied[...] = array
+    return copied
+
+
 def test_state_shares_no_memory_with_the_variables() -> None:
     run = keras_run("everything")
-    variables = {key: array.copy() for key, array in run.file.items()}
+    variables = {key: aligned(array) for key, array in run.file.items()}
     _, state = read(run, variables=variables)
     before = copy.deepcopy(jax.tree.map(np.asarray, state))
     for array in variables.values():
@@ -471,9 +480,17 @@ def test_leaf_may_join_variables_that_are_all_excluded_from_weight_decay() -> No
         read(run, to_params=joined, exclude_from_weight_decay=[BIAS])
 
 
+def mixed(named: Mapping[str, Any]) -> dict[str, Any]:
+    """With two leaves that are each a half of both variables, and of their size."""
+    first, second = named[BIAS], named[OUTPUT][:, 0]
+    halves = [np.stack([first[0], second[0]]), np.stack([first[1], second[1]])]
+    return {"halves": halves, "others": [named[HIDDEN], named[OUTPUT_BIAS]]}
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
+        (mixed, f"leaf halves/0 of {BIAS!r}, {OUTPUT!r}"),
         (joined, f"leaf biases of {BIAS!r}, {OUTPUT_BIAS!r}"),
         (lambda named: {**to_params(named), "hidden": list(named[HIDDEN]), "bias": named[BIAS]}, "of a part of 'seq"),
     ],
