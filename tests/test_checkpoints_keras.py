@@ -296,6 +296,8 @@ def test_learning_rate_that_moved_on_is_not_believed() -> None:
         read(run, variables=variables)
     tx, _ = read(run, variables=variables, learning_rate=0.005)
     assert tx is not None
+    with pytest.raises(ValueError, match=r"but learning_rate of config is 1e\+300"):  # too large for float32
+        read(run, config=run.about["config"]["float32"]["config"] | {"learning_rate": 1e300})
 
 
 # --- Refused ---------------------------------------------------------------------------------------------------

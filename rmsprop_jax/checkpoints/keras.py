@@ -165,7 +165,9 @@ def _learning_rate(settings: Config, found: Found, given: Any) -> Any:
         raise TypeError(f"{where} must be a floating scalar, got {array.dtype} {array.shape}")
     if given is not None:
         return given
-    if array != np.asarray(in_config, array.dtype):
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(in_config).astype(array.dtype)
+    if array != rounded:
         raise ValueError(
             f"{where} is {float(array):g}, but learning_rate of config is {in_config:g}; give the one that holds from "
             "here on as learning_rate="
