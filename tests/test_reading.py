@@ -22,10 +22,19 @@ import pytest
 import torch
 from hypothesis import strategies
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim import lr_scheduler
 
 from mutate import Change, changed, copy_of
 from rmsprop_jax import dialects, rmsprop
-from rmsprop_jax.checkpoints import from_optax, from_torch, to_optax, to_torch
+from rmsprop_jax.checkpoints import (
+    from_keras,
+    from_optax,
+    from_tensorflow,
+    from_torch,
+    schedules_of,
+    to_optax,
+    to_torch,
+)
 
 EXAMPLES = int(os.environ.get("FUZZ", "60"))
 
@@ -298,6 +307,193 @@ def step_in_dialect(case: str, state: Any, valid: Any) -> dict[str, np.ndarray]:
     return updated(OURS[case], as_init_gives(state))
 
 
+# --- Keras -----------------------------------------------------------------------------------------------------------
+
+
+def keras_config(**changes: Any) -> dict[str, Any]:
+    """What ``get_config`` of Keras 3.15 returns."""
+    unset = dict.fromkeys(("weight_decay", "clipnorm", "global_clipnorm", "clipvalue", "ema_overwrite_frequency"))
+    unset |= dict.fromkeys(("loss_scale_factor", "gradient_accumulation_steps"))
+    of_average = dict(use_ema=False, ema_momentum=0.99)
+    rule = dict(name="rmsprop", learning_rate=0.02, rho=0.9, momentum=0.8, epsilon=1e-3, centered=False)
+    return rule | unset | of_average | changes
+
+
+def keras_file(**changes: Any) -> dict[str, Any]:
+    config, made = keras_config(**changes), {}
+    square_avg, mean = numbers(7), numbers(8)
+    for name in NAMES:
+        made[f"rmsprop/{name}_velocity"] = square_avg[name] ** 2 + mean[name] ** 2
+        if config["momentum"]:
+            made[f"rmsprop/{name}_momentum"] = 0.1 * numbers(9)[name]
+        if config["centered"]:
+            made[f"rmsprop/{name}_average_gradient"] = mean[name]
+    order = sorted(made, key=lambda path: ("velocity" not in path, "momentum" not in path))
+    rate = config["learning_rate"]
+    rate = rate if isinstance(rate, float) else rate["config"]["initial_learning_rate"]
+    counters = {"rmsprop/iteration": np.int64(2), "rmsprop/learning_rate": np.float32(rate)}
+    variables = counters | {path: made[path] for path in order}
+    return {"config": config, "variables": {path: np.asarray(x) for path, x in variables.items()}}
+
+
+def keras_files() -> dict[str, Any]:
+    files = {
+        "momentum": keras_file(),
+        "centered": keras_file(centered=True, momentum=0.0),
+        "clipped": keras_file(centered=True, clipnorm=0.5),
+    }
+    numbered = keras_file()
+    numbered["variables"] = {str(place): x for place, x in enumerate(numbered["variables"].values())}
+    return files | {"numbered": numbered}
+
+
+def read_keras(case: str, file: Any) -> dict[str, np.ndarray]:
+    return updated(*from_keras(file.get("config"), file.get("variables"), NAMES, same))
+
+
+def step_in_keras(case: str, file: Any, valid: Any) -> dict[str, np.ndarray]:
+    """The rule of Keras in float64, from its source."""
+    config, variables = keras_config() | file["config"], file["variables"]
+    if not any("/" in str(path) for path in variables):
+        paths = list(keras_file()["variables"])
+        variables = {paths[int(place)]: x for place, x in variables.items()}
+    found = {path: np.asarray(x, np.float64) for path, x in variables.items()}
+    gradients = {name: g.astype(np.float64) / (config["loss_scale_factor"] or 1) for name, g in GRADIENTS.items()}
+    norms = {name: np.linalg.norm(g) for name, g in gradients.items()}
+    whole = np.linalg.norm(list(norms.values()))
+    result = {}
+    for name, g in gradients.items():
+        if config["clipnorm"]:
+            g = g * min(1, config["clipnorm"] / norms[name])
+        if config["global_clipnorm"]:
+            g = g * min(1, config["global_clipnorm"] / whole)
+        if config["clipvalue"]:
+            g = np.clip(g, -config["clipvalue"], config["clipvalue"])
+        rho, rate = float(config["rho"]), float(found["rmsprop/learning_rate"])
+        velocity = found[f"rmsprop/{name}_velocity"]
+        denominator = rho * velocity + (1 - rho) * g**2 + float(config["epsilon"])
+        if config["centered"]:
+            mean = found[f"rmsprop/{name}_average_gradient"]
+            denominator = denominator - (rho * mean + (1 - rho) * g) ** 2
+            denominator[velocity < mean**2] = np.nan  # by rounding, which is no variance here
+        step = rate * g / np.sqrt(denominator)
+        if float(config["momentum"]) > 0:
+            step = float(config["momentum"]) * found[f"rmsprop/{name}_momentum"] + step
+        result[name] = (PARAMS[name] * (1 - rate * float(config["weight_decay"] or 0)) - step).astype(np.float32)
+    return result
+
+
+# --- TensorFlow 1 --------------------------------------------------------------------------------------------------
+
+TENSORFLOW: dict[str, dict[str, Any]] = {
+    "plain": dict(learning_rate=0.02, decay=0.9, epsilon=1e-3),
+    "everything": dict(learning_rate=0.02, decay=0.9, epsilon=1e-3, momentum=0.8, centered=True),
+}
+
+
+def tensorflow_files() -> dict[str, Any]:
+    files = {}
+    for case, arguments in TENSORFLOW.items():
+        file: dict[str, Any] = {"global_step": np.int64(2)} | {f"net/{name}": x for name, x in PARAMS.items()}
+        for name in NAMES:
+            mean, root, buffer = (numbers(seed)[name] for seed in (8, 7, 9))
+            is_centered = arguments.get("centered", False)
+            slots = [root**2 + mean**2, *([mean] if is_centered else []), 0.1 * buffer]
+            for place, x in enumerate(slots):
+                file[f"net/{name}/RMSProp" + (f"_{place}" if place else "")] = x
+        files[case] = file
+    return files
+
+
+def read_tensorflow(case: str, file: Any) -> dict[str, np.ndarray]:
+    names = [f"net/{name}" for name in NAMES]
+    to_params = lambda named: {name: named[f"net/{name}"] for name in NAMES}  # noqa: E731
+    return updated(*from_tensorflow(file, names, to_params, **TENSORFLOW[case]))
+
+
+def step_in_tensorflow(case: str, file: Any, valid: Any) -> dict[str, np.ndarray]:
+    """The rule of TensorFlow 1 in float64, from its source."""
+    arguments = dict(momentum=0.0, centered=False) | TENSORFLOW[case]
+    decay, result = arguments["decay"], {}
+    for name, g in GRADIENTS.items():
+        g = g.astype(np.float64)
+        suffixes = ["", "_1", "_2"] if arguments["centered"] else ["", "", "_1"]
+        rms, mean, buffer = (np.asarray(file[f"net/{name}/RMSProp{suffix}"], np.float64) for suffix in suffixes)
+        denominator = decay * rms + (1 - decay) * g**2 + arguments["epsilon"]
+        if arguments["centered"]:
+            denominator = denominator - (decay * mean + (1 - decay) * g) ** 2
+            denominator[rms < mean**2] = np.nan
+        buffer = arguments["momentum"] * buffer + arguments["learning_rate"] * g / np.sqrt(denominator)
+        result[name] = (PARAMS[name] - buffer).astype(np.float32)
+    return result
+
+
+# --- Schedulers of torch -------------------------------------------------------------------------------------------
+
+AHEAD = 5  # steps of the scheduler
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 3, gamma=0.5),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=0.001),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5), lr_scheduler.ExponentialLR(optimizer, 0.9)],
+        [5],
+    ),
+}
+
+
+def scheduler_files() -> dict[str, Any]:
+    files = {}
+    for case, build in SCHEDULERS.items():
+        _, optimizer = torch_run()
+        scheduler = build(optimizer)
+        for _ in range(4):
+            optimizer.step()
+            scheduler.step()
+        groups = [{**group, "params": [0, 1]} for group in optimizer.state_dict()["param_groups"]]
+        files[case] = {"scheduler": copy.deepcopy(scheduler.state_dict()), "groups": groups}
+    return files
+
+
+def read_scheduler(case: str, file: Any) -> dict[str, np.ndarray]:
+    [group] = schedules_of(file.get("scheduler"), file.get("groups"), step=4)
+    if case == "OneCycleLR" and "momentum" not in group:  # then nobody moves it
+        group["momentum"] = lambda count: file["groups"][0]["momentum"]
+    return {key: np.array([float(schedule(4 + n)) for n in range(AHEAD)]) for key, schedule in group.items()}
+
+
+def without_notes(file: Any, valid: Any) -> Any:
+    """The file with the notes of the valid one, which torch writes for itself."""
+    notes = ("_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "verbose")
+    changed_notes = {key: x for key, x in valid.items() if key in notes}
+    parts = file.get("_schedulers")
+    if isinstance(parts, list | tuple):
+        both = zip(parts, valid["_schedulers"], strict=True)
+        changed_notes["_schedulers"] = [without_notes(part, before) for part, before in both]
+    return {key: x for key, x in file.items() if key not in notes} | changed_notes
+
+
+def steps_of_scheduler(case: str, file: Any, valid: Any) -> dict[str, np.ndarray]:
+    _, optimizer = torch_run()
+    scheduler = SCHEDULERS[case](optimizer)
+    read = {"lr", "initial_lr", "max_lr", "min_lr"}  # what no schedule depends on is as it was
+    read |= {"momentum", "base_momentum", "max_momentum"} if case == "OneCycleLR" else set()
+    groups = [
+        {**before, **{key: x for key, x in group.items() if key in read and isinstance(x, float | int)}}
+        for before, group in zip(valid["groups"], file["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    scheduler.load_state_dict(without_notes(file["scheduler"], valid["scheduler"]))
+    kept: dict[str, list[float]] = {"lr": [], "momentum": []}
+    for _ in range(AHEAD):
+        for key, values in kept.items():
+            values.append(float(optimizer.param_groups[0][key]))
+        optimizer.step()
+        scheduler.step()
+    return {"lr": np.array(kept["lr"])} | ({"momentum": np.array(kept["momentum"])} if case == "OneCycleLR" else {})
+
+
 # --- The property --------------------------------------------------------------------------------------------------
 
 SLOTS = ("square_avg", "grad_avg", "momentum_buffer", "step")
@@ -309,6 +505,9 @@ SOURCES: dict[str, Callable[[], Source]] = {
     "to_optax": lambda: Source(
         {k: after_two(tx) for k, tx in OURS.items() if k != "injected"}, write_optax, step_in_dialect, SLOTS
     ),
+    "from_keras": lambda: Source(keras_files(), read_keras, step_in_keras, ("variables", "config")),
+    "from_tensorflow": lambda: Source(tensorflow_files(), read_tensorflow, step_in_tensorflow, ("variables",)),
+    "schedules_of": lambda: Source(scheduler_files(), read_scheduler, steps_of_scheduler, ("param_groups",)),
 }
 _SOURCES: dict[str, Source] = {}
 
@@ -343,14 +542,15 @@ def check(source: Source, case: str, change: Change, changes: list[Change]) -> s
         assert len(message) < 700, f"{where}: {message}"
         words = {word for change_ in changes for word in words_of(change_)} | {*NAMES, *source.words}
         if min((len(change_.path) for change_ in changes), default=0) < 3:
-            words |= {"state", "like"}
+            words |= {"state", "like", "file", "scheduler_state_dict"}
         assert any(word in message for word in words), f"{where}: names nothing: {message}"
         return "refused"
     want = outcome(lambda: source.oracle(case, copy_of(change.file), source.files[case]))
     assert not isinstance(want, Exception), f"{where}: accepted, but the oracle says {type(want).__name__}: {want}"
     for name, x in want.items():
         assert got[name].shape == x.shape, f"{where}: {name} has shape {got[name].shape}"
-        finite = np.isfinite(x)  # of a variance below zero, which is 0 here, others make NaN
+        # Of a variance below zero, which is 0 here, others make NaN. Schedules are in float32.
+        finite = np.isfinite(x) & (np.abs(x) < 1e37)
         np.testing.assert_allclose(got[name][finite], x[finite], rtol=1e-4, atol=1e-6, err_msg=f"{where}: {name}")
     return "accepted"
 

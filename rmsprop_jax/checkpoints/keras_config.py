@@ -9,6 +9,8 @@ Source: Keras 3.15, ``keras/src/optimizers/rmsprop.py`` and ``base_optimizer.py`
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rmsprop_jax.arguments import check_count, check_flag, check_number, known, shown
 
 __all__ = ["Config", "check_paths", "checked_config", "paths_of", "roles_of", "variables_by_role"]
@@ -85,7 +87,7 @@ def checked_config(config: Any) -> Config:
         raise TypeError(f"name of config must be a string, got {shown(values['name'])}")
     rate = values["learning_rate"]
     uses_ema = _flag("use_ema", values)
-    every = values["ema_overwrite_frequency"]
+    every = _count("ema_overwrite_frequency", values)
     return Config(
         name=values["name"],
         learning_rate=rate if isinstance(rate, Mapping) else _number("learning_rate", values),
@@ -98,9 +100,9 @@ def checked_config(config: Any) -> Config:
         },
         clipping=_clipping(values),
         loss_scale_factor=_loss_scale_factor(values),
-        accumulation=_accumulation(values),
+        accumulation=_count("gradient_accumulation_steps", values) or 1,
         ema_momentum=_ema_momentum(values) if uses_ema else None,
-        overwrite_every=check_count("ema_overwrite_frequency of config", every) if uses_ema and every else None,
+        overwrite_every=every if uses_ema else None,
     )
 
 
@@ -144,14 +146,15 @@ def _loss_scale_factor(values: Mapping[str, Any]) -> float | None:
     if values["loss_scale_factor"] is None:
         return None
     factor = _number("loss_scale_factor", values)
-    if factor == 0:
-        raise ValueError("loss_scale_factor of config must be > 0, got 0")
+    if np.float32(factor) == 0:
+        raise ValueError(f"loss_scale_factor of config must be > 0 in float32, got {factor}")
     return factor
 
 
-def _accumulation(values: Mapping[str, Any]) -> int:
-    steps = values["gradient_accumulation_steps"]
-    return check_count("gradient_accumulation_steps of config", steps) if steps else 1
+def _count(key: str, values: Mapping[str, Any]) -> int | None:
+    """A number of updates. ``None`` and 0 ask for nothing, as in Keras."""
+    is_unset = values[key] is None or (type(values[key]) is int and values[key] == 0)
+    return None if is_unset else check_count(f"{key} of config", values[key])
 
 
 def _ema_momentum(values: Mapping[str, Any]) -> float:

@@ -47,7 +47,9 @@ def array_of(where: str, value: Any) -> np.ndarray:
     except Exception:  # every library has its own for a tensor that NumPy cannot read
         raise TypeError(f"{where} must be an array that NumPy can read, got {shown(value)}") from None
     # HDF5 has no bfloat16: Keras stores two bytes without a type.
-    return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
+    if array.dtype == np.dtype("V2"):
+        return array.view(jnp.bfloat16)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def real_array_of(where: str, slot: str, value: Any) -> np.ndarray:
