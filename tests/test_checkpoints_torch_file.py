@@ -382,9 +382,13 @@ def test_state_of_a_flax_optimizer_with_several_groups_goes_out() -> None:
     nnx = pytest.importorskip("flax.nnx")
     run = Run(two_groups).steps(3)
     tx, state = from_torch(run.file(), NAMES, lambda named: nnx.State(nested(named)))
-    model = nnx.Dict(
-        {layer: nnx.Dict({n: nnx.Param(x) for n, x in part.items()}) for layer, part in nested(run.params()).items()}
-    )
+
+    class Part(nnx.Module):
+        def __init__(self, parts: Any) -> None:
+            for name, part in parts.items():
+                setattr(self, name, Part(part) if isinstance(part, dict) else nnx.Param(part))
+
+    model = Part(nested(run.params()))
     optimizer = nnx.Optimizer(model, tx._replace(init=lambda params: state), wrt=nnx.Param)
     back = to_torch(optimizer.opt_state, NAMES, unnested, like=run.file(), tensor=torch.from_numpy)
     for key, entry in run.file()["state"].items():

@@ -97,7 +97,8 @@ def torch_run(groups: Callable[[Pair], Any] = lambda model: model.parameters(), 
 
 def torch_step(model: Pair, optimizer: Any, gradients: Mapping[str, np.ndarray]) -> None:
     for name, g in gradients.items():
-        getattr(model, name).grad = torch.tensor(g)
+        p = getattr(model, name)
+        p.grad = torch.tensor(g, dtype=p.dtype)
     optimizer.step()
 
 
@@ -128,9 +129,9 @@ UNREAD = ("foreach", "fused", "capturable", "differentiable", "name", "initial_l
 
 
 def step_in_torch(case: str, file: Any, valid: Any = None) -> dict[str, np.ndarray]:
-    """One step of torch from the file, in which what nobody reads is torch's default."""
+    """One step of torch in float64 from the file, in which what nobody reads is torch's default."""
     file = by_index(file)
-    model = Pair()
+    model = Pair().double()
     groups = [{"params": [getattr(model, NAMES[key]) for key in group["params"]]} for group in file["param_groups"]]
     optimizer = torch.optim.RMSprop(groups)
     defaults = {key: value for key, value in optimizer.defaults.items() if key in UNREAD}
@@ -142,7 +143,7 @@ def step_in_torch(case: str, file: Any, valid: Any = None) -> dict[str, np.ndarr
         entry.update({slot: as_double(x) for slot, x in entry.items()})
     optimizer.load_state_dict(file)
     torch_step(model, optimizer, GRADIENTS)
-    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+    return {name: p.detach().numpy().astype(np.float32) for name, p in model.named_parameters()}
 
 
 def as_double(x: Any) -> torch.Tensor:
@@ -195,11 +196,15 @@ def after_two(tx: Any) -> Any:
 
 
 def like_of_torch(case: str) -> Any:
+    """The file of an optimizer that has made a step, so that it tells the shapes."""
     model = Pair()
     if case == "partition":
         groups = [{"params": [model.matrix], **RUNS["plain"]}, {"params": [model.vector], **RUNS["centered"]}]
-        return torch.optim.RMSprop(groups).state_dict()
-    return torch.optim.RMSprop(model.parameters(), **RUNS[case]).state_dict()
+    else:
+        groups = [{"params": model.parameters(), **RUNS[case]}]
+    optimizer = torch.optim.RMSprop(groups)
+    torch_step(model, optimizer, GRADIENTS)
+    return optimizer.state_dict()
 
 
 def write_torch(case: str, state: Any) -> dict[str, np.ndarray]:
