@@ -18,7 +18,7 @@ from rmsprop_jax import RMSPropState, diagnostics, dialects, figures, rmsprop, s
 from rmsprop_jax.diagnostics import denominator, effective_learning_rate, statistics
 from rmsprop_jax.recorder import record_statistics
 from rmsprop_jax.summary import summarize
-from test_promises import devices, in_fresh_process, quick_jit
+from test_promises import devices, in_fresh_process
 from training import SMALL, TOLERANCE, Update, after, assert_rates, small, tree
 
 NEEDS_NO_STATE = {"grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite"}
@@ -28,11 +28,11 @@ ALL = NEEDS_NO_STATE | {"lr_5", "lr_50", "lr_95", "eps_share", "surprise", "neve
 
 @functools.cache
 def program(tx: Any) -> Callable[..., dict[str, jax.Array]]:
-    return quick_jit(functools.partial(statistics, tx))
+    return jax.jit(functools.partial(statistics, tx))
 
 
 def measured(tx: Any, *trees: Any) -> dict[str, jax.Array]:
-    """:func:`statistics`, compiled in a third of the time: for trees that no other test has."""
+    """:func:`statistics`, compiled as one program."""
     return program(tx)(*trees)
 
 
@@ -124,7 +124,7 @@ def statistics_by_size() -> dict[int, tuple[dict[str, jax.Array], np.ndarray]]:
     def state(v: Any) -> RMSPropState:
         return RMSPropState(jnp.ones((), jnp.int32), jnp.asarray(v), None, None)
 
-    @quick_jit
+    @jax.jit
     def measure(averages: Any, lr: jax.Array, eps: jax.Array) -> Any:  # constants could be rounded in another way
         return {size: statistics(rmsprop(lr, eps=eps), v, v, state(v), v) for size, v in averages.items()}
 
@@ -583,9 +583,7 @@ def test_state_without_a_count_needs_constant_numbers() -> None:
 # --- Every kind of number --------------------------------------------------------------------------------
 
 
-def all_functions(
-    params: Any, momentum: float = 0.9, centered: bool = True, jit: Callable[..., Any] = quick_jit
-) -> Any:
+def all_functions(params: Any, momentum: float = 0.9, centered: bool = True, jit: Callable[..., Any] = jax.jit) -> Any:
     """Everything once: a first update without gradients, then one with them."""
     tx = record_statistics(rmsprop(1e-3, momentum=momentum, centered=centered), every=1)
 

@@ -24,6 +24,7 @@ import pytest
 from jax.experimental import checkify
 
 from compare import assert_alike, assert_close, assert_same
+from conftest import USERS
 from rmsprop_jax import RMSPropState, dialects, lift, recorder, rmsprop, scale_by_rmsprop
 from rmsprop_jax.equations import average
 
@@ -96,30 +97,9 @@ GRADIENTS = gradients()
 ULPS = {"float32": 10, "bfloat16": 1}
 
 
-@functools.cache
-def compiler_options() -> dict[str, Any]:
-    """Those that let XLA compile in a quarter of the time, as far as this one has them."""
-
-    def is_known(option: str, value: Any) -> bool:
-        try:
-            jax.jit(jnp.negative, compiler_options={option: value}).lower(1.0).compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    options = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
-    return {option: value for option, value in options.items() if is_known(option, value)}
-
-
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.jit`` for what does not hang on the code that XLA writes."""
-    return jax.jit(function, compiler_options=compiler_options())
-
-
 def devices(number: int) -> dict[str, str]:
-    """The environment of a process with so many devices, which compiles as :func:`quick_jit` does."""
-    options = {"xla_force_host_platform_device_count": number} | compiler_options()
-    return {"XLA_FLAGS": " ".join(f"--{option}={str(value).lower()}" for option, value in options.items())}
+    """The environment of a process with so many devices, which compiles as this one does."""
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"}
 
 
 @functools.cache
@@ -192,7 +172,7 @@ class Run(NamedTuple):
 def compiled() -> Run:
     traces = 0
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=USERS)
     def update(params: Any, states: Any, grads: Any) -> Any:
         nonlocal traces
         traces += 1
@@ -249,7 +229,7 @@ def test_numpy_arrays_are_as_good_as_those_of_jax(name: str) -> None:
 def test_scan_is_the_loop() -> None:
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *GRADIENTS)
 
-    @quick_jit
+    @jax.jit
     def scan(states: Any, gradients: Any) -> Any:
         states, updates = jax.lax.scan(lambda states, g: updates_of_all(states, g)[::-1], states, gradients)
         return jax.tree.map(lambda x: x[-1], updates), states
@@ -266,7 +246,7 @@ def test_vmap_over_models_is_each_model() -> None:
             updates, states = updates_of_all(states, grads, params)
         return updates, states
 
-    together = quick_jit(jax.vmap(train))(*batch)
+    together = jax.jit(jax.vmap(train))(*batch)
     for i in range(3):
         one = [jax.tree.map(lambda x, i=i: x[i], tree) for tree in batch]
         assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), train(*one))
@@ -398,7 +378,7 @@ def test_checks_of_every_operation_find_no_nan() -> None:
     def update(grads: Any) -> Any:
         return for_all(lambda tx: tx.update(grads, tx.init(params), params), names=names)
 
-    error, _ = quick_jit(checkify.checkify(update, errors=checkify.float_checks))(jax.tree.map(jnp.zeros_like, params))
+    error, _ = jax.jit(checkify.checkify(update, errors=checkify.float_checks))(jax.tree.map(jnp.zeros_like, params))
     assert error.get() is None
 
 
@@ -434,7 +414,7 @@ def test_every_number_can_be_vmapped() -> None:
     def train(value: Any) -> Any:
         return {name: trained(rmsprop(**{name: value}), steps=2) for name in names}
 
-    together = quick_jit(jax.vmap(train))(values)
+    together = jax.jit(jax.vmap(train))(values)
     for i in range(2):
         assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), train(values[i]))
 
@@ -606,7 +586,7 @@ def test_exported_program_is_the_one_that_was_exported() -> None:
     register_states_of_optax(states)
     exported = jax.export.export(jax.jit(updates_of_all), platforms=("cpu", "cuda"))(states, GRADIENTS[0])
     again = jax.export.deserialize(exported.serialize())
-    assert_is_loop(quick_jit(again.call)(states, GRADIENTS[0]), after(1))
+    assert_is_loop(jax.jit(again.call)(states, GRADIENTS[0]), after(1))
 
 
 # --- With other libraries ----------------------------------------------------------------------------------
@@ -632,7 +612,7 @@ def test_optimistix_minimises_as_the_loop_does() -> None:
             params = optax.apply_updates(params, updates)
         return params
 
-    found, expected = quick_jit(lambda: for_all(minimise))(), for_all(loop)
+    found, expected = jax.jit(lambda: for_all(minimise))(), for_all(loop)
     assert_close(found, expected, ulps=ULPS, scale="array")
 
 
@@ -698,7 +678,7 @@ def test_whole_equinox_model_trains_inside_filter_jit(filtered: bool) -> None:
     model, grads = module()
     traces = 0
 
-    @functools.partial(eqx.filter_jit, compiler_options=compiler_options())
+    @eqx.filter_jit
     def update(model: Any, states: Any) -> Any:
         nonlocal traces
         traces += 1
