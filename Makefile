@@ -47,7 +47,7 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 
 test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, including those against PyTorch
 	@echo "test: running pytest"
-	@$(BIN)/python -m pytest -m "not notebook" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not notebook and not script" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 portability: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run notebooks and tests as other processors would
 	@$(BIN)/python tests/portability.py $(PORTABILITY_ARGS)
