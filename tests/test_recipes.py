@@ -125,16 +125,27 @@ def test_recipe_is_the_rule_of_its_source(x64: None, name: str) -> None:
         for _ in range(UPDATES)
     ]
     tx = build(name, **rule.arguments)
-    params = jax.tree.map(jnp.asarray, start)
-    state, step = tx.init(params), jax.jit(tx.update)
-    moved = 0.0
-    for want, gradient in zip(recipe_rules.run(name, start, gradients), gradients, strict=True):
-        updates, state = step(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        for leaf, p in params.items():
-            moved = max(moved, float(np.abs(p - start[leaf]).max()))
-            np.testing.assert_allclose(p, want[leaf], rtol=0, atol=1e-10 * moved)
-    assert moved > 0
+
+    @jax.jit
+    def run(params: Any, gradients: Any) -> Any:
+        def step(carry: Any, gradient: Any) -> Any:
+            updates, state = tx.update(gradient, carry[1], carry[0])
+            params = optax.apply_updates(carry[0], updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), gradients)[1]
+
+    def stacked(trees: list[Any]) -> Any:
+        return {leaf: np.stack([tree[leaf] for tree in trees]) for leaf in start}
+
+    wanted = stacked(list(recipe_rules.run(name, start, gradients)))
+    found = jax.device_get(run(start, stacked(gradients)))
+    moved = np.max([np.abs(found[leaf] - start[leaf]).max(axis=1) for leaf in start], axis=0)
+    moved = np.maximum.accumulate(moved)  # the largest way so far
+    assert moved[-1] > 0
+    for leaf in start:
+        error = np.abs(found[leaf] - wanted[leaf]).max(axis=1)
+        assert (error <= 1e-10 * moved).all(), (leaf, np.argmax(error - 1e-10 * moved))
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -397,11 +408,11 @@ def enough(name: str, count: str) -> dict[str, Any]:
 def test_count_has_no_width(name: str, count: str) -> None:
     """``np.int16(20000)`` doubled is negative, and ``np.int8(127)`` plus 1."""
     others = enough(name, count)
+    steps = np.array([0, 1, 7, 1000, 100_000, LAST_STEP - 1, LAST_STEP], np.int32)
     for value in (np.int8(127), np.uint8(200), np.int16(20_000), np.array(20_000, np.int16), jnp.int16(20_000)):
         expected = schedule_of(name, **others | {count: int(value)})
         given = schedule_of(name, **others | {count: value})
-        for step in (0, 1, 7, 1000, 100_000, LAST_STEP - 1, LAST_STEP):
-            assert float(given(jnp.int32(step))) == float(expected(jnp.int32(step)))
+        np.testing.assert_array_equal(jax.vmap(given)(steps), jax.vmap(expected)(steps))
 
 
 # Those of A2C in Baselines and of A3C count one by one, as their sources do.
