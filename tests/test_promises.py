@@ -711,6 +711,7 @@ def test_every_mode_gives_the_same_bits() -> None:
     in_fresh_process(BIT_IDENTICAL, XLA_FLAGS="--xla_cpu_max_isa=AVX")
 
 
+@pytest.mark.script
 def test_many_devices() -> None:
     in_fresh_process("import many_devices; many_devices.main()", **devices(4))
 
