@@ -583,8 +583,14 @@ def test_state_without_a_count_needs_constant_numbers() -> None:
 # --- Every kind of number --------------------------------------------------------------------------------
 
 
-def all_functions(params: Any, momentum: float = 0.9, centered: bool = True, jit: Callable[..., Any] = jax.jit) -> Any:
-    """Everything once: a first update without gradients, then one with them."""
+def all_functions(
+    params: Any,
+    momentum: float = 0.9,
+    centered: bool = True,
+    jit: Callable[..., Any] = jax.jit,
+    run_without_gradients: bool = True,
+) -> Any:
+    """Everything once: a first update without gradients, which may be traced only, then some with them."""
     tx = record_statistics(rmsprop(1e-3, momentum=momentum, centered=centered), every=1)
 
     @jit
@@ -594,8 +600,10 @@ def all_functions(params: Any, momentum: float = 0.9, centered: bool = True, jit
         denominator(tx, state, params), effective_learning_rate(tx, state, params)
         return updates, state, found
 
-    state = tx.init(params)
-    for grads in (jax.tree.map(lambda _: None, params), jax.tree.map(jnp.zeros_like, params), params):
+    state, none = tx.init(params), jax.tree.map(lambda _: None, params)
+    if not run_without_gradients:
+        jax.eval_shape(update, none, state)
+    for grads in ([none] if run_without_gradients else []) + [jax.tree.map(jnp.zeros_like, params), params]:
         updates, state, found = update(grads, state)
         summarize(tx, grads, updates, state, params)
         assert_close(dict(state.statistics), found, rtol=TOLERANCE)
@@ -618,7 +626,7 @@ def test_nothing_is_computed_only_to_be_thrown_away_as_not_a_number() -> None:
 def test_every_dtype_works_under_strict_promotion(dtype: str) -> None:
     params = {"w": jnp.ones((2, 2), jnp.float32).astype(dtype), "b": jnp.ones(2)}
     with jax.numpy_dtype_promotion("strict"):
-        found = all_functions(params, momentum=0.0, centered=False)
+        found = all_functions(params, momentum=0.0, centered=False, run_without_gradients=False)
     half = 0.5 if dtype == "complex64" else 1.0
     np.testing.assert_allclose(found["w/param_rms"], np.sqrt(half), rtol=1e-6)
 
