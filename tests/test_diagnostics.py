@@ -697,6 +697,7 @@ def test_other_numbers_find_the_compiled_program() -> None:
     assert figures.by_key._cache_size() <= before + 1  # a Python number is weakly typed
 
 
+@pytest.mark.script
 def test_explicit_mesh_with_arrays_sharded_along_the_last_axis() -> None:
     if not hasattr(jax.sharding, "AxisType"):
         pytest.skip("this JAX has no explicit axes")
