@@ -8,6 +8,7 @@ TRAIN_ARGS ?=
 PYTEST_ARGS ?=
 PORTABILITY_ARGS ?=
 BENCH_ARGS ?=
+FUZZ ?= 20000
 NOTEBOOKS ?=
 JUPYTER_ARGS ?=
 TORCH := torch==2.13.0
@@ -30,7 +31,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train port test portability notebooks pictures bench lint build clean FORCE
+.PHONY: help setup train port test fuzz portability notebooks pictures bench lint build clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,10 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, including those against PyTorch
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest -m "not notebook and not script" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.torch $(VENV)/.extra-tests ## read files of other libraries that are changed at random; FUZZ=20000 is their number for each source
+	@echo "fuzz: $(FUZZ) changed files for each source"
+	@FUZZ=$(FUZZ) $(BIN)/python -m pytest -m "not notebook" -p no:cacheprovider --numprocesses auto --maxprocesses 4 tests/test_reading.py $(PYTEST_ARGS)
 
 portability: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run notebooks and tests as other processors would
 	@$(BIN)/python tests/portability.py $(PORTABILITY_ARGS)

@@ -138,24 +138,20 @@ class TorchRun:
 
     def save(self, path: Path) -> None:
         """Writes what training scripts write."""
-        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, path)
 
 
 # --- In JAX ----------------------------------------------------------------------------------------------
-
-
-def step_lr(lr: float) -> optax.Schedule:
-    """The StepLR as a function of the step. The step is in the state, so the schedule continues where it was."""
-    return optax.exponential_decay(lr, STEPS_PER_RATE, decay_rate=0.5, staircase=True)
 
 
 def port(path: Path) -> tuple[FlaxNetwork, nnx.Optimizer]:
     """Model and optimizer as they are in the file."""
     saved = torch.load(path, weights_only=True)
     weights = {name: tensor.numpy() for name, tensor in saved["model"].items()}
-    schedules = [step_lr(group["initial_lr"]) for group in saved["optimizer"]["param_groups"]]
-    # The names in the optimizer's order, first group first: here that of the model, which has no buffers.
-    tx, state = from_torch(saved["optimizer"], list(weights), to_params, lr=schedules)
+    # The names in the optimizer's order, first group first: here that of the model, which has no buffers. The schedules
+    # that are made of the scheduler's file continue where they were, since the step is in the state.
+    tx, state = from_torch(saved["optimizer"], list(weights), to_params, scheduler_state_dict=saved["scheduler"])
 
     model = FlaxNetwork(nnx.Rngs(0))
     nnx.update(model, jax.tree.map(jnp.array, to_params(weights)))
@@ -193,8 +189,11 @@ def port_back(model: FlaxNetwork, optimizer: nnx.Optimizer, like: TorchRun) -> T
     run = TorchRun()
     weights = from_params(arrays(nnx.state(model, nnx.Param)))
     run.model.load_state_dict({name: torch.tensor(np.asarray(x)) for name, x in weights.items()})
-    settings, state = like.optimizer.state_dict(), arrays(optimizer.opt_state)
-    run.optimizer.load_state_dict(to_torch(state, list(weights), from_params, like=settings, tensor=torch.from_numpy))
+    run.optimizer.load_state_dict(
+        to_torch(
+            optimizer.opt_state, list(weights), from_params, like=like.optimizer.state_dict(), tensor=torch.from_numpy
+        )
+    )
     run.scheduler.load_state_dict(like.scheduler.state_dict())
     return run
 

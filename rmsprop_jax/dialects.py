@@ -26,6 +26,7 @@ differs from :func:`rmsprop_jax.rmsprop`. The following holds for all of them:
 - Precision, zero, missing, complex and non-finite gradients are handled as there, and the same errors are raised.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,38 +36,36 @@ from jax.typing import DTypeLike
 from optax import GradientTransformationExtraArgs, ScalarOrSchedule
 
 from rmsprop_jax.arguments import (
+    SMALLEST_NORMAL,
     check_eps,
     check_flag,
     check_number,
     check_number_or_schedule,
     check_smoothing,
     explain_arguments,
+    known,
+    shown,
 )
 from rmsprop_jax.equations import (
     Equation,
     add_momentum,
     add_nesterov_momentum,
+    apply_caution,
     average,
     average_steps,
     centered_average,
     decay_weights,
+    decay_weights_corrected,
     decay_weights_decoupled,
     divide_eps_inside,
     divide_eps_outside,
+    keep_gradient,
     negate,
     scale_by_lr,
 )
 from rmsprop_jax.lift import transformation, unless_zero
 
-__all__ = [
-    "dqn",
-    "dreamer",
-    "keras",
-    "optax",
-    "stable_baselines3",
-    "tensorflow",
-    "timm",
-]
+__all__ = ["dqn", "dreamer", "keras", "optax", "stable_baselines3", "tensorflow", "timm"]
 
 
 @explain_arguments
@@ -198,7 +197,10 @@ def timm(
     centered: bool = False,
     decoupled_decay: bool = False,
     *,
+    corrected_weight_decay: bool = False,
     lr_in_momentum: bool = True,
+    caution: bool = False,
+    max_lr_snapshot: chex.Numeric | None = None,
     weight_decay_mask: Any = None,
     accumulator_dtype: DTypeLike | None = None,
 ) -> GradientTransformationExtraArgs:
@@ -209,17 +211,25 @@ def timm(
         g      ← g + weight_decay · p                       unless decoupled_decay
         v      ← alpha · v + (1 − alpha) · g²
         buffer ← momentum · buffer + lr · g / √(v + eps)    lr after the buffer unless lr_in_momentum
-        update ← −buffer                                    − lr · weight_decay · p if decoupled_decay
+        step   ← buffer                                     · mask / max(mean(mask), 0.001) if caution
+        update ← −step                                      − lr · weight_decay · p if decoupled_decay
 
-    timm's slots have the names of the fields of :class:`rmsprop_jax.RMSPropState` (``square_avg`` is timm's minus
-    ``grad_avg²`` if centered). timm's ``caution`` and ``corrected_weight_decay`` are not there.
+    The mask is 1 where buffer · g > 0, else 0. Its mean is over a whole parameter, but inside ``jax.shard_map`` over
+    the shard at hand. Each part of a complex parameter has its own (timm takes none). Corrected, the decoupled decay is
+    lr · (lr / max_lr_snapshot) · weight_decay · p. As in timm, ``caution`` does nothing if ``momentum`` is the number
+    0. timm's slots have the names of the fields of :class:`rmsprop_jax.RMSPropState` (``square_avg`` is timm's minus
+    ``grad_avg²`` if centered).
 
     Args:
       lr, alpha, momentum, centered, weight_decay_mask, accumulator_dtype: as in ``rmsprop``.
       eps: added to v, ≥ 0, in the unit of g².
       weight_decay: ≥ 0, an L2 penalty or, if ``decoupled_decay``, decay per step and unit of learning rate.
       decoupled_decay: whether weight decay stays out of the averages.
+      corrected_weight_decay: whether decoupled decay falls with the square of ``lr``; an L2 penalty does not.
       lr_in_momentum: whether the current learning rate goes into the buffer.
+      caution: whether to drop the entries of the step that go against g, and to scale the others up.
+      max_lr_snapshot: > 0, the ``lr`` that timm's optimizer was built with, which its parameter groups hold under this
+        name. ``None`` means ``lr``, which must be a Python or NumPy number then if weight decay is corrected.
 
     Example:
       >>> import jax.numpy as jnp
@@ -230,8 +240,10 @@ def timm(
       [0.1512] [-0.1512]
 
     Source:
-      timm 1.0, ``timm/optim/rmsprop_tf.py``.
+      timm 1.0.31, ``timm/optim/rmsprop_tf.py``, after arXiv:2411.16085 (caution) and 2506.02285 (corrected decay).
     """
+    decoupled = check_flag("decoupled_decay", decoupled_decay)
+    corrected = check_flag("corrected_weight_decay", corrected_weight_decay) and decoupled
     numbers = {
         "lr": check_number_or_schedule("lr", lr),
         "alpha": check_smoothing("alpha", alpha),
@@ -239,15 +251,20 @@ def timm(
         "weight_decay": check_number_or_schedule("weight_decay", weight_decay),
         "momentum": check_number_or_schedule("momentum", momentum),
     }
-    decoupled = check_flag("decoupled_decay", decoupled_decay)
-    buffer = unless_zero(numbers["momentum"], add_momentum)
+    numbers["max_lr"] = _max_lr(max_lr_snapshot, numbers["lr"], corrected)
+    decay = (decay_weights_corrected if corrected else decay_weights_decoupled) if decoupled else decay_weights
+    decays = unless_zero(numbers["weight_decay"], decay)
+    step = unless_zero(numbers["momentum"], add_momentum)
+    cautious = check_flag("caution", caution) and step != ()
+    step = (*step, apply_caution) if cautious else step
     equations: tuple[Equation, ...] = (
-        *(() if decoupled else unless_zero(numbers["weight_decay"], decay_weights)),
+        *(() if decoupled else decays),
+        *((keep_gradient,) if cautious else ()),
         _average(centered),
         divide_eps_inside,
-        *((scale_by_lr, *buffer) if check_flag("lr_in_momentum", lr_in_momentum) else (*buffer, scale_by_lr)),
+        *((scale_by_lr, *step) if check_flag("lr_in_momentum", lr_in_momentum) else (*step, scale_by_lr)),
         negate,
-        *(unless_zero(numbers["weight_decay"], decay_weights_decoupled) if decoupled else ()),
+        *(decays if decoupled else ()),
     )
     return transformation(
         equations, numbers, initial_scale=1.0, weight_decay_mask=weight_decay_mask, accumulator_dtype=accumulator_dtype
@@ -482,6 +499,20 @@ def _in_float32(check: Callable[[str, Any], Any], name: str, value: Any) -> Any:
     """``value``, checked; a Python float as TensorFlow holds it."""
     number = check(name, value)
     return check(f"{name} in float32", float(np.float32(number))) if type(value) is float else number
+
+
+def _max_lr(max_lr_snapshot: Any, lr: Any, corrected: bool) -> Any:
+    """What corrected weight decay divides by; without it anything that timm's file may hold."""
+    max_lr = lr if max_lr_snapshot is None else check_number("max_lr_snapshot", max_lr_snapshot)
+    is_fixed = max_lr_snapshot is not None or isinstance(lr, float | np.ndarray)
+    number = known(max_lr)
+    if corrected and not (is_fixed and (number is None or SMALLEST_NORMAL <= number < math.inf)):
+        required = "> 0 and finite" if is_fixed else "given where lr is a schedule or a JAX array"
+        raise ValueError(
+            f"max_lr_snapshot must be {required} with corrected_weight_decay, got {shown(max_lr_snapshot)} for "
+            f"lr={shown(lr)}; give the lr that timm's optimizer was built with, the peak of its schedule"
+        )
+    return max_lr
 
 
 def _average(centered: Any) -> Equation:

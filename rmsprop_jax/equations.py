@@ -25,6 +25,7 @@ class Leaf(NamedTuple):
       square_avg: the average of ``g²``, or of ``(g − grad_avg)²``.
       grad_avg: the average of ``g`` if centered, else ``None``.
       momentum_buffer: the accumulated steps if there is momentum, else ``None``.
+      gradient: ``g`` as :func:`keep_gradient` found it, until :func:`apply_caution` has used it, else ``None``.
     """
 
     update: Any
@@ -32,6 +33,7 @@ class Leaf(NamedTuple):
     square_avg: Any
     grad_avg: Any
     momentum_buffer: Any
+    gradient: Any = None
 
 
 # An equation takes a leaf, and the numbers that its arguments name: hyperparameters, and 1 minus a smoothing constant.
@@ -57,6 +59,16 @@ def decay_weights(leaf: Leaf, weight_decay: jax.Array) -> Leaf:
 def decay_weights_decoupled(leaf: Leaf, lr: jax.Array, weight_decay: jax.Array) -> Leaf:
     """``update ← update − lr · weight_decay · param``: decay that stays out of the averages."""
     return leaf if leaf.param is None else leaf._replace(update=leaf.update - lr * weight_decay * leaf.param)
+
+
+def decay_weights_corrected(leaf: Leaf, lr: jax.Array, max_lr: jax.Array, weight_decay: jax.Array) -> Leaf:
+    """``update ← update − lr · (lr / max_lr) · weight_decay · param``: decay that falls with the square of ``lr``."""
+    return decay_weights_decoupled(leaf, lr * (lr / max_lr), weight_decay)
+
+
+def keep_gradient(leaf: Leaf) -> Leaf:
+    """Keeps ``g`` as it is now for :func:`apply_caution`."""
+    return leaf._replace(gradient=leaf.update)
 
 
 # --- The averages --------------------------------------------------------------------------------------------
@@ -150,3 +162,19 @@ def average_steps(leaf: Leaf, momentum: jax.Array, one_minus_momentum: jax.Array
 def scale_by_lr(leaf: Leaf, lr: jax.Array) -> Leaf:
     """``step ← lr · step``."""
     return leaf._replace(update=lr * leaf.update)
+
+
+def apply_caution(leaf: Leaf) -> Leaf:
+    """Drops the entries of the step whose sign is not that of ``g``, and scales the others up.
+
+    ::
+
+        mask ← 1 where step · g > 0, else 0
+        step ← step · mask / max(mean(mask), 0.001)
+
+    The mean is that of the whole array, whatever its shape.
+    """
+    # Of the signs, since the product itself may underflow (timm then drops the entry). The mean of nothing is 0.
+    mask = (jnp.sign(leaf.update) * jnp.sign(leaf.gradient) > 0).astype(leaf.update.dtype)
+    mean = mask.sum() / max(mask.size, 1)
+    return leaf._replace(update=leaf.update * (mask / jnp.maximum(mean, 1e-3)), gradient=None)

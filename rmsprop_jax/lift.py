@@ -37,6 +37,7 @@ from rmsprop_jax.equations import (
     average_steps,
     centered_average,
     decay_weights,
+    decay_weights_corrected,
     decay_weights_decoupled,
     divide_eps_inside,
 )
@@ -87,7 +88,7 @@ class Algorithm:
 
     def decays(self) -> bool:
         """Whether the update needs the parameters."""
-        return self.has(decay_weights, decay_weights_decoupled)
+        return self.has(decay_weights, decay_weights_decoupled, decay_weights_corrected)
 
     def slots(self) -> dict[str, bool]:
         """For each slot of the state whether the algorithm keeps it."""
@@ -177,9 +178,10 @@ def _update_tree(
     def column(name: str, tree: Any) -> list[Any]:
         return [None] * len(gradients) if tree is None else flatten_like(name, tree, updates, structure)
 
-    slots = {name: column(f"state.{name}", getattr(state, name)) for name in Leaf._fields[2:]}
+    is_kept = algorithm.slots()
+    slots = {name: column(f"state.{name}", getattr(state, name)) for name in is_kept}
     likes = None if params is None else column("params", params)
-    kept = {name: slots[name] for name, is_kept in algorithm.slots().items() if is_kept}
+    kept = {name: slots[name] for name in slots if is_kept[name]}
     check_leaves(updates, gradients, likes, kept, algorithm.accumulator_dtype)
     decayed = column("params", _where(decays, params) if algorithm.decays() else None)
     leaves = [Leaf(*row) for row in zip(gradients, decayed, *slots.values(), strict=True)]

@@ -5,6 +5,7 @@ inside the state of a chain, a partition or a wrapper; the names of leaves.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -163,13 +164,45 @@ def find_states(name: str, opt_state: optax.OptState, advice: str = _GIVE_A_STAT
     """Every :class:`RMSPropState` in ``opt_state``, which the message calls ``name``, by its path.
 
     Raises:
-      ValueError: if there is none. The message ends with ``advice``.
+      ValueError: if there is none, when the message ends with ``advice``; or if JAX cannot go through ``opt_state``.
     """
+    check_containers(name, opt_state)
     nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state)
     states = {f"{name}{jax.tree_util.keystr(path)}": node for path, node in nodes if is_state(node)}
     if not states:
         raise ValueError(f"{name} must contain an RMSPropState, got {type(opt_state).__name__} without one; {advice}")
     return states
+
+
+def check_containers(name: str, tree: Any) -> None:
+    """Raises unless JAX can go through ``tree``, which the message calls ``name``.
+
+    In a tree without end, or with keys that cannot be sorted, JAX raises errors that say nothing about the place.
+    """
+    stack = [(name, tree, 0)]
+    while stack:
+        place, node, depth = stack.pop()
+        if depth > _DEEPEST:
+            raise ValueError(f"{name} must not be nested deeper than {_DEEPEST} containers, as in {place[:80]}")
+        if isinstance(node, dict):
+            try:
+                sorted(node)
+            except TypeError:
+                raise ValueError(
+                    f"{place} has keys of several types, {[type(key).__name__ for key in node][:5]}, which cannot be "
+                    "sorted; JAX needs keys of one type"
+                ) from None
+            children = [(f"{place}[{key!r}]", child) for key, child in node.items()]
+        elif isinstance(node, tuple) and hasattr(node, "_fields"):
+            children = [(f"{place}.{field}", child) for field, child in zip(node._fields, node, strict=True)]
+        elif isinstance(node, list | tuple):
+            children = [(f"{place}[{number}]", child) for number, child in enumerate(node)]
+        else:
+            continue
+        stack += [(where, child, depth + 1) for where, child in children if isinstance(child, dict | list | tuple)]
+
+
+_DEEPEST = 100
 
 
 def step_of(state: RMSPropState) -> chex.Array | None:
@@ -184,6 +217,18 @@ def replace_states(
 ) -> optax.OptState:
     """``opt_state`` with ``state`` applied to each :class:`RMSPropState`, and ``other`` to each leaf outside them."""
     return jax.tree.map(lambda node: state(node) if is_state(node) else other(node), opt_state, is_leaf=is_state)
+
+
+def unboxed(tree: Any) -> Any:
+    """``tree`` with the arrays in place of the variables that Flax's nnx keeps them in."""
+    nnx = sys.modules.get("flax.nnx")  # whoever has a variable has loaded it
+    if nnx is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if isinstance(x, nnx.Variable) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def merge_trees(name: str, trees: Sequence[Any], path: Any = ()) -> Any:

@@ -34,8 +34,10 @@ from rmsprop_jax.conversion import check_state, converted
 from rmsprop_jax.equations import (
     add_momentum,
     add_nesterov_momentum,
+    apply_caution,
     average_steps,
     centered_average,
+    decay_weights_corrected,
     decay_weights_decoupled,
     divide_eps_inside,
     divide_eps_outside,
@@ -83,7 +85,11 @@ DIALECTS: Mapping[str, Dialect] = {
     "timm": Dialect(
         dialects.timm,
         "timm.optim.RMSpropTF",
-        _names("momentum", "centered", "weight_decay", "decoupled_decay", lr_in_buffer="lr_in_momentum"),
+        _names(
+            *("momentum", "centered", "weight_decay", "decoupled_decay", "corrected_weight_decay", "caution"),
+            lr_in_buffer="lr_in_momentum",
+            max_lr="max_lr_snapshot",
+        ),
     ),
     "stable_baselines3": Dialect(
         dialects.stable_baselines3,
@@ -107,7 +113,8 @@ DIALECTS: Mapping[str, Dialect] = {
     "dreamer": Dialect(dialects.dreamer, "DreamerV3", _names(alpha="beta2", momentum="beta1")),
 }
 
-_ABSENT = {"momentum": 0.0, "weight_decay": 0.0}  # what a dialect has that does not know the word
+# What a dialect has that does not know the word.
+_ABSENT: Mapping[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "max_lr": None}
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {"alpha": check_smoothing, "eps": check_eps}
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -124,9 +131,9 @@ class Translation(NamedTuple):
       target: the dialect it was translated into, a key of :data:`DIALECTS`.
       arguments: all of the target's arguments that say something, none left to a default.
       notes: a sentence for each thing that is not exactly equal; empty if the two are the same optimizer.
-      before, after: both settings in neutral terms, by name: the numbers ``lr``, ``alpha``, ``eps``, ``momentum`` and
-        ``weight_decay``, and the structure as :func:`structure_of` reads it. Numbers are floats here; arrays and
-        schedules stay what they were.
+      before, after: both settings in neutral terms, by name: the numbers ``lr``, ``alpha``, ``eps``, ``momentum``,
+        ``weight_decay`` and ``max_lr`` (``None`` if not given), and the structure as :func:`structure_of` reads it.
+        Numbers are floats here; arrays and schedules stay what they were.
     """
 
     target: str
@@ -226,8 +233,8 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
 
     Raises:
       ValueError: if a dialect is unknown, a number is not one that the source takes, the target lacks something that
-        the setting uses (weight decay of its kind, momentum, Nesterov's, a centered average), or float32 cannot hold
-        the square of eps where that goes under the root.
+        the setting uses (weight decay of its kind, momentum, Nesterov's, caution, a centered average), or float32
+        cannot hold the square of eps where that goes under the root.
       TypeError: if the source has no such argument or needs one that is missing.
 
     Example:
@@ -251,7 +258,7 @@ def translate(source: str, target: str, **arguments: Any) -> Translation:
         after["eps"] = _moved_eps(DIALECTS[source].names["eps"], before["eps"], after["eps_in_sqrt"])
     if after["averages_steps"] != before["averages_steps"]:
         after["lr"] = _rescaled(before["lr"], before["momentum"], after["averages_steps"])
-    chosen = {own: after[name] for name, own in words.names.items()}
+    chosen = {own: after[name] for name, own in words.names.items() if after[name] is not None}
     port = Translation(target, chosen, _notes(before, after), before, after)
     port.build()  # the target may take fewer numbers than the source
     return port
@@ -261,9 +268,11 @@ def structure_of(tx: optax.GradientTransformationExtraArgs) -> dict[str, Any]:
     """What the equations of an RMSProp say.
 
     Returns:
-      By name: ``centered``; ``eps_in_sqrt``; ``decoupled_decay``; ``lr_in_buffer``, whether the learning rate goes into
-      the momentum buffer; ``buffer_sign``, −1 if the buffer holds updates instead of steps; ``averages_steps``, whether
-      the buffer averages the steps instead of adding them up; ``nesterov``; ``bias_correction``; ``initial_scale``.
+      By name: ``centered``; ``eps_in_sqrt``; ``decoupled_decay``; ``corrected_weight_decay``, whether that falls with
+      the square of the learning rate; ``caution``, whether entries of a step that go against the gradient are dropped;
+      ``lr_in_buffer``, whether the learning rate goes into the momentum buffer; ``buffer_sign``, −1 if the buffer holds
+      updates instead of steps; ``averages_steps``, whether the buffer averages the steps instead of adding them up;
+      ``nesterov``; ``bias_correction``; ``initial_scale``.
 
     Raises:
       ValueError: if ``tx`` is not an RMSProp of this package.
@@ -282,7 +291,9 @@ def structure_of(tx: optax.GradientTransformationExtraArgs) -> dict[str, Any]:
     return {
         "centered": centered_average in equations,
         "eps_in_sqrt": divide_eps_inside in equations,
-        "decoupled_decay": decay_weights_decoupled in equations,
+        "decoupled_decay": decay_weights_decoupled in equations or decay_weights_corrected in equations,
+        "corrected_weight_decay": decay_weights_corrected in equations,
+        "caution": apply_caution in equations,
         "lr_in_buffer": scale_by_lr in into_buffer,
         "buffer_sign": -1 if negate in into_buffer else 1,
         "averages_steps": average_steps in equations,
@@ -308,7 +319,7 @@ def _neutral(dialect: Dialect, arguments: Mapping[str, Any]) -> dict[str, Any]:
     # With both there, every equation of the dialect shows.
     structure = structure_of(dialect.build(**{**arguments} | {dialect.names[n]: 0.5 for n in _ABSENT if n in given}))
     numbers = {
-        name: _CHECKS.get(name, check_number_or_schedule)(dialect.names[name], x)
+        name: None if x is None else _CHECKS.get(name, check_number_or_schedule)(dialect.names[name], x)
         for name, x in given.items()
         if name not in structure
     }
@@ -324,6 +335,11 @@ def _check_structure(target: str, before: dict[str, Any], after: dict[str, Any])
         raise ValueError(
             f"weight_decay must be 0, since target {target} has no {kind}, got {shown(before['weight_decay'])}"
         )
+    if before["corrected_weight_decay"] != after["corrected_weight_decay"] and known(before["weight_decay"]) != 0:
+        raise ValueError(
+            f"corrected_weight_decay must be False, since target {target} has no corrected decay, got True; give "
+            "weight_decay · lr / max_lr_snapshot as weight_decay, or the schedule of it, which is the same"
+        )
     if "momentum" not in names and known(before["momentum"]) != 0:
         raise ValueError(
             f"momentum must be 0, since target {target} has no momentum buffer, got {shown(before['momentum'])}"
@@ -336,6 +352,8 @@ def _check_structure(target: str, before: dict[str, Any], after: dict[str, Any])
         )
     if not is_zero(before["momentum"]) and before["nesterov"] != after["nesterov"]:
         raise ValueError(f"nesterov must be False, since target {target} has no Nesterov momentum, got True")
+    if not is_zero(before["momentum"]) and before["caution"] != after["caution"]:
+        raise ValueError(f"caution must be False, since target {target} has no caution, got True")
 
 
 def _moved_eps(name: str, eps: Any, into_root: bool) -> Any:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compare import assert_close
-from rmsprop_jax import recipes, rmsprop
+from rmsprop_jax import dialects, recipes, rmsprop
 from test_promises import TRANSFORMATIONS, ULPS, built, for_all, updates_of_all
 
 # Sharded along its first axis, and along its last one.
@@ -141,6 +141,23 @@ def check_state_that_enters_shard_map() -> None:
     assert_is_one_device(jax.jit(many)(grads, state, PARAMS), tx.update(grads, state, PARAMS))
 
 
+def check_caution() -> None:
+    """The entries that timm's caution counts: of the whole array under ``jit``, and of one shard in ``shard_map``."""
+    tx = dialects.timm(lr=0.5, alpha=0.0, eps=0.0, momentum=0.5, caution=True)
+    gradient = jnp.repeat(jnp.array([1.0, -1.0]), jnp.array([11, 5]), total_repeat_length=16)  # shares 1, 1, 3/4, 0
+    state = tx.init(gradient)._replace(momentum_buffer=4 * jnp.ones(16))
+    mesh = make_mesh("Auto")
+    placed = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, P(AXIS) if x.ndim else P())), (gradient, state)
+    )
+    expected = np.where(np.arange(16) < 11, -2.5 * 16 / 11, 0.0).astype(np.float32)
+    assert_is_one_device(jax.jit(tx.update)(*placed)[0], expected)
+    of_state = state._replace(step=P(), square_avg=P(AXIS), momentum_buffer=P(AXIS))
+    many = shard_map(tx.update, mesh, (P(AXIS), of_state), (P(AXIS), of_state))
+    of_shards = expected * np.repeat(np.array([1, 1, 4 / 3, 1]) * 11 / 16, 4)
+    assert_is_one_device(jax.jit(many)(gradient, state)[0], of_shards.astype(np.float32))
+
+
 def check_clipping(kind: str) -> None:
     """The norms of recipes are those of whole arrays, wherever their parts lie; 1e30 squared is infinite in float32."""
     mesh, chains = make_mesh(kind), {name: getattr(recipes, name)() for name in ("dreamer_v3", "a2c", "wgan_critic")}
@@ -168,6 +185,7 @@ def main() -> None:
         check_shard_map(expected)
     check_mesh("Auto", expected)
     check_mesh("Explicit", expected)
+    check_caution()
     check_clipping("Auto")
     check_clipping("Explicit")
     check_state_that_enters_shard_map()

@@ -40,6 +40,9 @@ def rmsprop(
     nesterov: bool = False,
     decoupled_decay: bool = False,
     averaged_steps: bool = False,
+    corrected_weight_decay: bool = False,
+    max_lr: float = 0.0,
+    caution: bool = False,
 ) -> Iterator[Moment]:
     """The documented rule, step by step: a variance is a difference of two averages here, as in torch."""
     param = np.asarray(param, np.float64)
@@ -58,7 +61,12 @@ def rmsprop(
         buffer = mu * buffer + ((1 - mu) * step if averaged_steps else step)
         buffer_hat = buffer / (1 - mu**t) if averaged_steps and bias_correction else buffer
         moved = mu * buffer + step if nesterov else buffer_hat
-        update = -(moved if lr_in_buffer else rate * moved) - (rate * decay * param if decoupled_decay else 0)
+        if caution and mu > 0:
+            mask = np.sign(moved) == np.sign(g)
+            mask[g == 0] = False
+            moved = np.where(mask, moved / max(np.count_nonzero(mask) / mask.size, 1e-3), 0)
+        decay_rate = rate**2 / max_lr if corrected_weight_decay else rate
+        update = -(moved if lr_in_buffer else rate * moved) - (decay_rate * decay * param if decoupled_decay else 0)
         param = param + update
         yield Moment(update, param, v_hat, m_hat, buffer_hat)
 

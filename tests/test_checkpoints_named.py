@@ -118,7 +118,7 @@ def test_a_thousand_parameters_are_told_apart() -> None:
 def test_steps_that_differ_are_refused_by_name() -> None:
     given = parameters()
     given[2] = given[2]._replace(step=8)
-    with pytest.raises(ValueError, match=r"^'a' is at step 7, but 'c' at step 8; .* set every step"):
+    with pytest.raises(ValueError, match=r"^'a' is at step 7, but 'c' at step 8; .* give it as step="):
         build_optimizer(given, to_params, TRANSFORMATIONS)
 
 

@@ -18,10 +18,13 @@ from compare import Error, assert_alike, assert_close, largest_error
 from rmsprop_jax import RMSPropState, dialects, rmsprop, transform, translation
 from rmsprop_jax.equations import (
     add_momentum,
+    apply_caution,
     decay_weights,
+    decay_weights_corrected,
     decay_weights_decoupled,
     divide_eps_inside,
     divide_eps_outside,
+    keep_gradient,
     scale_by_lr,
 )
 from rmsprop_jax.translation import translate
@@ -34,13 +37,8 @@ SLOTS = {
     "grad_avg": ("grad_avg", "mg", "average_gradient", "mu"),
     "momentum_buffer": ("momentum_buffer", "momentum", "trace"),
 }
-# What we refuse: two arguments of timm, and bias correction together with a starting value, which Optax inflates.
-LEFT_OUT = {
-    ("timm", "lr_changes_caution"),
-    ("timm", "lr_changes_corrected"),
-    ("optax", "bias_correction_centered"),
-    ("optax", "everything"),
-}
+# What we refuse: bias correction together with a starting value, which Optax inflates.
+LEFT_OUT = {("optax", "bias_correction_centered"), ("optax", "everything")}
 # Relative to each entry, over the 40 steps. Measured maxima, from SSE4.2 to AVX2: 1.7e-6 and 4.4e-15.
 TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
 Arrays = dict[str, np.ndarray]  # by slot: the recorded steps along the first axis, then the entries of all parameters
@@ -57,19 +55,27 @@ def cases(*libraries: str) -> list[tuple[str, str]]:
     return [(name, case) for name in libraries for case in load(name)[1]["cases"] if (name, case) not in LEFT_OUT]
 
 
+def parts(library: str, case: str) -> tuple[str, ...]:
+    """The names of the parameters that a case has to be run on alone; "" stands for all of them joined.
+
+    Only caution knows which entries belong together.
+    """
+    return ("vector", "matrix") if load(library)[1]["cases"][case]["arguments"].get("caution") else ("",)
+
+
 def joined(library: str, prefix: str, axes: int = 1) -> np.ndarray:
-    """The entries of all parameters along the last of ``axes`` axes; the rule knows no shapes, and compiles faster."""
+    """The entries of all parameters along the last of ``axes`` axes; most rules know no shapes, and compile faster."""
     arrays, _ = load(library)
     parts = [arrays[key] for key in sorted(arrays) if key.startswith(prefix)]
     return np.concatenate([part.reshape(*part.shape[: axes - 1], -1) for part in parts], axis=-1)
 
 
-def recording(library: str, case: str, dtype: str) -> Arrays:
+def recording(library: str, case: str, dtype: str, part: str) -> Arrays:
     """What the library had after the recorded steps: "params" and its slots, "step" among them if it counts."""
     slots = {key.split("/")[2] for key in load(library)[0] if key.startswith(f"{dtype}/{case}/")}
     if library == "tensorflow" and not load(library)[1]["cases"][case]["arguments"].get("momentum"):
         slots.remove("momentum")  # TensorFlow keeps it without momentum too: the last step
-    arrays = {slot: joined(library, f"{dtype}/{case}/{slot}/", axes=2) for slot in slots}
+    arrays = {slot: joined(library, f"{dtype}/{case}/{slot}/{part}", axes=2) for slot in slots}
     if "step" in arrays:  # an integer in one library, a float32 in the others
         arrays["step"] = arrays["step"].astype(np.float32)
     return arrays
@@ -83,31 +89,34 @@ def arguments(library: str, case: str, dtype: str) -> dict[str, Any]:
     }
     wrap = np.float64 if dtype == "float64" else float
     numbers = {k: wrap(v) if isinstance(v, float) else v for k, v in (defaults | recorded["arguments"]).items()}
+    if "max_lr" in row.names:
+        numbers[row.names["max_lr"]] = numbers[row.names["lr"]]  # that of the constructor
     return numbers | {row.names["lr"]: lambda step: wrap(recorded["lr"][int(step)])}
 
 
-def run(library: str, case: str, dtype: str) -> Arrays:
+def run(library: str, case: str, dtype: str, part: str) -> Arrays:
     """What our dialect has after the recorded steps, in the terms of the library."""
     recorded_steps = load(library)[1]["recorded_steps"]
     given = arguments(library, case, dtype)
     tx = translation.DIALECTS[library].build(**given)
-    params = jnp.asarray(joined(library, f"{dtype}/initial/"))
-    gradients = joined(library, f"{dtype}/gradients/", axes=2)
+    params = jnp.asarray(joined(library, f"{dtype}/initial/{part}"))
+    gradients = joined(library, f"{dtype}/gradients/{part}", axes=2)
     state, moments = tx.init(params), []
     for step in range(1, 1 + max(recorded_steps)):
         updates, state = tx.update(jnp.asarray(gradients[step - 1]), state, params)
         params = optax.apply_updates(params, updates)
         if step in recorded_steps:
             unbias = 1 - given["decay"] ** step if given.get("bias_correction") else 1.0
-            moments.append({"params": params} | in_their_terms(library, state, unbias))
+            moments.append({"params": params} | in_their_terms(library, state, unbias, part))
     return jax.tree.map(lambda *xs: np.stack(xs), *moments)
 
 
-def in_their_terms(library: str, state: RMSPropState, unbias: float) -> dict[str, Any]:
+def in_their_terms(library: str, state: RMSPropState, unbias: float, part: str) -> dict[str, Any]:
     """Our slots as the library keeps them: the average of g² also if centered, and averages uncorrected."""
     keys = [key.split("/") for key in load(library)[0]]
     theirs = {key[2] for key in keys if len(key) == 4} - {"params"}
-    slots = {"step": np.full(len({key[3] for key in keys if len(key) == 4}), state.step, np.float32)}
+    names_of_params = {key[3] for key in keys if len(key) == 4 and key[3].startswith(part)}
+    slots = {"step": np.full(len(names_of_params), state.step, np.float32)}
     mean = state.grad_avg
     if mean is not None:
         slots |= {"grad_avg": unbias * mean}
@@ -120,7 +129,11 @@ def in_their_terms(library: str, state: RMSPropState, unbias: float) -> dict[str
 
 def difference(library: str, case: str, dtype: str, scale: Any = None) -> Error:
     """The largest relative difference of an entry, over all recorded steps, parameters and slots."""
-    return largest_error(run(library, case, dtype), recording(library, case, dtype), scale=scale)
+    errors = [
+        largest_error(run(library, case, dtype, part), recording(library, case, dtype, part), scale=scale)
+        for part in parts(library, case)
+    ]
+    return max(errors, key=lambda error: error.size)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -128,11 +141,13 @@ def difference(library: str, case: str, dtype: str, scale: Any = None) -> Error:
 def test_dialect_is_the_recorded_library(request: pytest.FixtureRequest, library: str, case: str, dtype: str) -> None:
     if dtype == "float64":
         request.getfixturevalue("x64")
-    assert_close(run(library, case, dtype), recording(library, case, dtype), rtol=TOLERANCE[dtype])
+    for part in parts(library, case):
+        assert_close(run(library, case, dtype, part), recording(library, case, dtype, part), rtol=TOLERANCE[dtype])
 
 
 # What the frameworks call the arguments of the reference, and what each of them fixes.
 WORDS = {"learning_rate": "lr", "decay": "alpha", "rho": "alpha", "epsilon": "eps", "lr_in_momentum": "lr_in_buffer"}
+WORDS |= {"max_lr_snapshot": "max_lr"}
 WORDS |= {"squared_gradient_momentum": "alpha", "min_squared_gradient": "eps", "beta2": "alpha", "beta1": "momentum"}
 RULES: dict[str, dict[str, Any]] = {
     "torch": {},
@@ -158,17 +173,20 @@ def test_reference_is_the_recorded_library(library: str, case: str) -> None:
     recorded, steps = load(library)[1]["cases"][case], load(library)[1]["recorded_steps"]
     given = OWN_DEFAULTS[library] | recorded["arguments"]
     setting = rule(library, **{word: x for word, x in given.items() if WORDS.get(word, word) != "lr"})
-    gradients = joined(library, "float64/gradients/", axes=2)
-    start = joined(library, "float64/initial/")
-    moments = list(reference.rmsprop(start, gradients, lr=lambda step: recorded["lr"][step], **setting))
-    names = {name: ours for ours, names in SLOTS.items() for name in names} | {"params": "param"}
-    expected = recording(library, case, "float64")
-    expected.pop("step", None)
-    got = {slot: np.stack([getattr(moments[step - 1], names[slot]) for step in steps]) for slot in expected}
-    if library == "optax":  # the sign is in the buffer, and averages are kept as they were before correction
-        unbias = 1 - setting["alpha"] ** np.array(steps, float)[:, None] if setting["bias_correction"] else 1.0
-        got = {slot: {"trace": -x, "params": x}.get(slot, unbias * x) for slot, x in got.items()}
-    assert_close(got, expected, rtol=TOLERANCE["float64"])
+    if setting.get("corrected_weight_decay"):
+        setting["max_lr"] = recorded["arguments"]["lr"]
+    for part in parts(library, case):
+        gradients = joined(library, f"float64/gradients/{part}", axes=2)
+        start = joined(library, f"float64/initial/{part}")
+        moments = list(reference.rmsprop(start, gradients, lr=lambda step: recorded["lr"][step], **setting))
+        names = {name: ours for ours, names in SLOTS.items() for name in names} | {"params": "param"}
+        expected = recording(library, case, "float64", part)
+        expected.pop("step", None)
+        got = {slot: np.stack([getattr(moments[step - 1], names[slot]) for step in steps]) for slot in expected}
+        if library == "optax":  # the sign is in the buffer, and averages are kept as they were before correction
+            unbias = 1 - setting["alpha"] ** np.array(steps, float)[:, None] if setting["bias_correction"] else 1.0
+            got = {slot: {"trace": -x, "params": x}.get(slot, unbias * x) for slot, x in got.items()}
+        assert_close(got, expected, rtol=TOLERANCE["float64"])
 
 
 # --- What the recordings can tell apart --------------------------------------------------------------------
@@ -205,11 +223,21 @@ def flip_kind_of_decay(equations: tuple[Any, ...], options: dict[str, Any]) -> t
     return (*rest, decay_weights_decoupled) if was_first else (decay_weights, *rest)
 
 
+def leave_out_caution(equations: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(equation for equation in equations if equation not in (keep_gradient, apply_caution))
+
+
+def leave_out_correction(equations: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(decay_weights_decoupled if e is decay_weights_corrected else e for e in equations)
+
+
 FLIPS = [
     *((library, "eps_0.01", flip_place_of_eps) for library in LIBRARIES),
     *((library, "default", flip_starting_value) for library in LIBRARIES),
     *((library, "lr_changes", flip_order_of_lr) for library in LIBRARIES),
     *((library, "weight_decay", flip_kind_of_decay) for library in ("torch", "keras", "timm", "stable_baselines3")),
+    ("timm", "lr_changes_caution", leave_out_caution),
+    ("timm", "lr_changes_corrected", leave_out_correction),
 ]
 
 
@@ -235,12 +263,6 @@ def test_recording_tells_what_is_not_a_number(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(dialects, "divide_eps_inside", nan)
     assert difference("keras", "default", "float32").size == np.inf
-
-
-@pytest.mark.parametrize("name", ["caution", "corrected_weight_decay"])
-def test_what_timm_has_and_we_have_not_is_refused(name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        dialects.timm(**{name: True})
 
 
 # --- Every dialect against the reference -------------------------------------------------------------------
@@ -323,6 +345,187 @@ def test_defaults_of_a_dialect_are_those_of_its_source(x64: None, name: str) -> 
     assert_is_reference(name, needed, setting, GRADIENTS)
 
 
+# --- What only timm has ------------------------------------------------------------------------------------
+
+TURNING = np.random.default_rng(3).normal(size=(25, 11)) * np.array([1e-20, 1e-6, 1e-3, 0.1, *[1.0] * 6, 0.0])
+CAUTIOUS = {
+    "in the buffer": dict(caution=True),
+    "after the buffer": dict(caution=True, lr_in_momentum=False, centered=True, weight_decay=0.1),
+    "corrected": dict(caution=True, weight_decay=0.1, decoupled_decay=True, corrected_weight_decay=True),
+}
+
+
+@pytest.mark.parametrize("case", CAUTIOUS)
+def test_caution_and_corrected_decay_are_the_rule(x64: None, case: str) -> None:
+    """With a learning rate that is 0 on the way, where timm still compares the buffer with the gradient."""
+
+    def lr(step: Any) -> np.float64:
+        return np.float64(0.03 * abs(6 - int(step)) / 6)
+
+    numbers = dict(alpha=0.75, momentum=0.875, eps=1e-3, max_lr_snapshot=0.02) | CAUTIOUS[case]
+    setting = rule("timm", lr=lr, **numbers)
+    start = np.linspace(-1.5, 2.0, 11)
+    tx, params = dialects.timm(lr=lr, **numbers), jnp.asarray(start)
+    state, dropped = tx.init(params), []
+    for g, want in zip(TURNING, reference.rmsprop(start, TURNING, **setting), strict=True):
+        updates, state = tx.update(jnp.asarray(g), state, params)
+        params = optax.apply_updates(params, updates)
+        dropped.append(np.mean(want.momentum_buffer * g <= 0))
+        sizes = (np.abs(want.update) + np.abs(want.param), np.abs(want.momentum_buffer) + 1e-3)
+        assert_close((params, state.momentum_buffer), (want.param, want.momentum_buffer), rtol=1e-12, scale=sizes)
+    assert min(dropped) < 0.2 < 0.5 < max(dropped)
+
+
+def test_caution_scales_up_a_thousandfold_at_most(x64: None) -> None:
+    """A buffer of ones meets a gradient that agrees with it in 2 of 4,000 entries."""
+    tx = dialects.timm(lr=0.25, alpha=0.0, eps=0.0, momentum=0.5, caution=True)
+    state = tx.init(jnp.zeros(4000))._replace(momentum_buffer=jnp.ones(4000))
+    gradient = jnp.where(jnp.arange(4000) < 2, 1.0, -1.0)
+    updates, state = tx.update(gradient, state)
+    assert_close(state.momentum_buffer, np.where(np.arange(4000) < 2, 0.75, 0.25), rtol=1e-12)
+    assert_close(updates, np.where(np.arange(4000) < 2, -750.0, 0.0), rtol=1e-12)
+
+
+def cautious(gradients: Any, dtype: Any = jnp.float32) -> tuple[Any, RMSPropState]:
+    """The update of zeros after two gradients, and the state."""
+    tx = dialects.timm(lr=0.25, alpha=0.5, eps=1e-3, momentum=0.5, caution=True)
+    params = jax.tree.map(lambda g: jnp.zeros(g.shape[1:], dtype), gradients)
+    state = tx.init(params)
+    for step in range(2):
+        updates, state = tx.update(jax.tree.map(lambda g, step=step: jnp.asarray(g[step], dtype), gradients), state)
+    return updates, state
+
+
+SEEN = np.random.default_rng(5).normal(size=(2, 2, 8)).astype(np.float32)
+
+
+def test_caution_counts_the_entries_of_each_parameter() -> None:
+    """Which are as many as its shape says, the real and the imaginary part of a complex one apart; or none at all."""
+    parts = {"a": SEEN[:, 0], "b": SEEN[:, 1], "none": SEEN[:, 0, :0]}
+    updates, state = cautious(parts)
+    for name, gradient in parts.items():
+        alone, _ = cautious(gradient)
+        np.testing.assert_array_equal(updates[name], alone)
+    joined_updates, _ = cautious(SEEN)
+    shares = [np.mean(np.sign(state.momentum_buffer[name]) == np.sign(parts[name][1])) for name in ("a", "b")]
+    assert 0.001 < shares[0] != shares[1] > 0.001
+    expected = np.stack([updates["a"] * shares[0], updates["b"] * shares[1]]) / np.mean(shares)
+    assert_close(joined_updates, expected.astype(np.float32), ulps=4)  # 1 / share, and a product, on both sides
+    pair, _ = cautious(SEEN[:, 0] + 1j * SEEN[:, 1], jnp.complex64)
+    assert_close(pair, np.asarray(updates["a"] + 1j * updates["b"]), ulps=4)  # another program
+
+
+def test_caution_sees_signs_that_float32_cannot_multiply() -> None:
+    """The product of buffer and gradient is 1e-53 here, and 0 in float32."""
+    updates, _ = cautious(np.array([[1e-26, 1.0], [1e-26, 1.0]], np.float32))
+    assert (updates < 0).all()
+
+
+def test_caution_reads_the_gradient_in_half_precision() -> None:
+    half = SEEN.astype(jnp.bfloat16)
+    updates, state = cautious(half, jnp.bfloat16)
+    wide, same = cautious(half.astype(np.float32))
+    assert_close(state, same, ulps=4)  # half precision is exact in float32; two programs
+    assert_close(updates, np.asarray(wide).astype(jnp.bfloat16), ulps=1)
+    assert (updates == 0).any()
+
+
+def test_caution_divides_nothing_by_nothing() -> None:
+    with jax.debug_nans(True), jax.disable_jit():
+        updates, _ = cautious({"none": SEEN[:, :0], "zero": np.zeros((2, 3), np.float32)})
+    np.testing.assert_array_equal(updates["zero"], np.zeros(3))
+
+
+def test_caution_keeps_what_is_not_finite_in_its_entry() -> None:
+    gradient = np.array([[1.0, np.nan, np.inf, 0.0, -1.0]] * 2, np.float32)
+    updates, _ = cautious(gradient)
+    np.testing.assert_array_equal(np.isfinite(updates), [True, False, False, True, True])
+    assert updates[0] == -updates[4] < 0
+
+
+def test_caution_and_corrected_decay_have_finite_derivatives() -> None:
+    params = jnp.array([1.0, 2.0, -1.0, 0.5])
+
+    def moved(params: Any, gradient: Any, numbers: dict[str, Any]) -> jax.Array:
+        tx = dialects.timm(
+            **numbers, momentum=0.5, caution=True, decoupled_decay=True, corrected_weight_decay=True, eps=1e-20
+        )
+        state = tx.init(params)._replace(square_avg=jnp.array([0.0, 1.0, 1.0, 1.0]))
+        return tx.update(gradient, state, params)[0].sum()
+
+    numbers = {name: jnp.float32(x) for name, x in dict(lr=0.1, weight_decay=0.5, max_lr_snapshot=0.2).items()}
+    slopes = jax.grad(moved, argnums=(0, 1, 2))(params, jnp.array([0.0, 0.5, -2.0, 0.0]), numbers)
+    assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(slopes))
+    # update = … − lr · (lr / max_lr) · weight_decay · p
+    assert_close(slopes[0], np.full(4, -0.1 * 0.5 * 0.5, np.float32), ulps=4)
+    assert_close(slopes[2]["max_lr_snapshot"], np.float32(0.01 / 0.04 * 0.5 * 2.5), ulps=8)
+
+
+def test_correction_does_nothing_at_the_highest_rate_or_to_an_l2_penalty() -> None:
+    params, gradient = jnp.linspace(-1, 1, 7), jnp.linspace(2, 1, 7)
+
+    def update(**given: Any) -> Any:
+        tx = dialects.timm(weight_decay=0.3, momentum=0.5, **given)
+        return tx.update(gradient, tx.init(params), params)[0]
+
+    plain = update(lr=0.7, decoupled_decay=True)
+    for given in ({"lr": 0.7}, {"lr": np.float64(0.7)}, {"lr": lambda step: 0.7, "max_lr_snapshot": 0.7}):
+        np.testing.assert_array_equal(update(decoupled_decay=True, corrected_weight_decay=True, **given), plain)
+    assert (update(lr=0.7, max_lr_snapshot=0.9, decoupled_decay=True, corrected_weight_decay=True) != plain).any()
+    penalty = update(lr=lambda step: 0.7, corrected_weight_decay=True, max_lr_snapshot=0.0)  # as a file may have it
+    np.testing.assert_array_equal(penalty, update(lr=0.7))
+
+
+def test_corrected_decay_keeps_to_its_mask() -> None:
+    params = {"kernel": jnp.ones(3), "bias": jnp.ones(3)}
+    mask = {"kernel": True, "bias": False}
+    tx = dialects.timm(
+        0.5,
+        weight_decay=0.5,
+        decoupled_decay=True,
+        corrected_weight_decay=True,
+        max_lr_snapshot=1.0,
+        weight_decay_mask=mask,
+    )
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], np.full(3, -0.125))
+    np.testing.assert_array_equal(updates["bias"], np.zeros(3))
+
+
+def test_caution_without_momentum_does_nothing() -> None:
+    gradient = jnp.array([1.0, 0.0, -2.0])
+    plain, given = dialects.timm(), dialects.timm(caution=True)
+    np.testing.assert_array_equal(
+        given.update(gradient, given.init(gradient))[0], plain.update(gradient, plain.init(gradient))[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": lambda step: 0.1}, r"max_lr_snapshot must be given where lr is a schedule or a JAX array"),
+        (
+            {"lr": jnp.float32(0.1)},
+            r"max_lr_snapshot must be given where .* got None for lr=.*; give the lr that timm's",
+        ),
+        ({"lr": 0.0}, r"max_lr_snapshot must be > 0 and finite with corrected_weight_decay, got None for lr=0\.0"),
+        ({"max_lr_snapshot": 0.0}, r"max_lr_snapshot must be > 0 and finite .* got 0\.0 for lr=0\.01"),
+        ({"max_lr_snapshot": 1e-40}, "max_lr_snapshot must be > 0 and finite"),
+        ({"max_lr_snapshot": jnp.array(jnp.inf)}, "max_lr_snapshot must be > 0 and finite"),
+        ({"max_lr_snapshot": -1.0}, r"max_lr_snapshot must be a number ≥ 0, got -1\.0"),
+    ],
+)
+def test_highest_rate_that_cannot_be_one_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        dialects.timm(weight_decay=0.1, decoupled_decay=True, corrected_weight_decay=True, **given)
+
+
+@pytest.mark.parametrize("name", ["caution", "corrected_weight_decay", "max_lr_snapshot"])
+def test_argument_of_timm_that_is_no_switch_or_number_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name} must be"):
+        dialects.timm(**{name: "yes"})
+
+
 # --- Arguments -------------------------------------------------------------------------------------------
 
 # The recordings prove those of the libraries (``test_reference_is_the_recorded_library``). Those of the two that cannot
@@ -340,7 +543,9 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         momentum=0.0,
         centered=False,
         decoupled_decay=False,
+        corrected_weight_decay=False,
         lr_in_momentum=True,
+        caution=False,
     ),
     "stable_baselines3": dict(lr=0.01, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, centered=False),
     "dqn": dict(learning_rate=2.5e-4, squared_gradient_momentum=0.95, min_squared_gradient=0.01),

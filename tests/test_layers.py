@@ -35,8 +35,15 @@ ROOMS: dict[str, Room] = {
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "trees", "lift"}),
     "diagnostics": Room(4, {"state", "arguments", "figures"}),
+    "checkpoints.curves": Room(1, set()),
+    "checkpoints.scheduler_file": Room(2, {"arguments", "checkpoints.curves"}),
+    "checkpoints.torch_schedulers": Room(3, {"arguments", "checkpoints.curves", "checkpoints.scheduler_file"}),
+    "checkpoints.keras_config": Room(2, {"arguments"}),
+    "checkpoints.keras_pieces": Room(2, {"state"}),
+    "checkpoints.keras_schedules": Room(2, {"arguments"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
-    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.rearrangement": Room(4, set()),
+    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots", "checkpoints.rearrangement"}),
     "recipes.clipping": Room(2, {"state", "arguments"}),
     "recipes.schedules": Room(3, {"arguments", "recipes.clipping"}),
     "recipes.entry": Room(4, {"state", "arguments", "recipes.schedules"}),
@@ -53,8 +60,25 @@ ROOMS: dict[str, Room] = {
     "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
     "summary": Room(5, {"state", "figures", "diagnostics"}),
     "plotting": Room(5, {"diagnostics"}),
-    "checkpoints.torch": Room(6, {"arguments", "transform", "checkpoints.slots", "checkpoints.named"}),
-    "checkpoints": Room(7, {"checkpoints.torch"}),
+    "checkpoints.torch_file": Room(5, {"arguments", "checkpoints.slots"}),
+    "checkpoints.torch": Room(
+        6,
+        {"arguments", "transform", "checkpoints.slots", "checkpoints.named", "checkpoints.torch_file"}
+        | {"checkpoints.torch_schedulers"},
+    ),
+    "checkpoints.variables": Room(5, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.keras": Room(
+        6,
+        {"state", "arguments", "dialects", "checkpoints.slots", "checkpoints.named", "checkpoints.variables"}
+        | {"checkpoints.keras_config", "checkpoints.keras_pieces", "checkpoints.keras_schedules"},
+    ),
+    "checkpoints.tensorflow": Room(6, {"arguments", "dialects", "checkpoints.named", "checkpoints.variables"}),
+    "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints": Room(
+        7,
+        {"checkpoints.keras", "checkpoints.optax", "checkpoints.tensorflow", "checkpoints.torch"}
+        | {"checkpoints.torch_schedulers"},
+    ),
     # Loads plotting when it is used: matplotlib is not a dependency.
     FRONT_DOOR: Room(
         8,
@@ -64,7 +88,8 @@ ROOMS: dict[str, Room] = {
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
 MORE_LIBRARIES = {"plotting": {"matplotlib"}}
-NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "sklearn", "orbax", "equinox", "optimistix"}
+NEVER_LOADED = {"torch", "flax", "matplotlib", "tensorflow", "keras", "h5py"}
+NEVER_LOADED |= {"sklearn", "orbax", "equinox", "optimistix"}
 # A folder is a room, and each file in it another one: checkpoints (its __init__.py), checkpoints.torch.
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -211,7 +236,10 @@ SHARED = {"diagnostics": {"ask", "leaves_after", "leaves_of"}}  # what the rooms
 PUBLIC = ("transform", "dialects", "translation", "recipes", "diagnostics", "recorder", "summary", "plotting")
 
 
-@pytest.mark.parametrize("room", [*PUBLIC, "checkpoints.torch"])
+CHECKPOINTS = ("checkpoints.torch", "checkpoints.optax", "checkpoints.keras", "checkpoints.tensorflow")
+
+
+@pytest.mark.parametrize("room", [*PUBLIC, *CHECKPOINTS, "checkpoints.torch_schedulers"])
 def test_public_room_lists_everything_that_it_offers(room: str) -> None:
     module = importlib.import_module(f"{NAME}.{room}")
     own = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}

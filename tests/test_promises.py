@@ -55,6 +55,9 @@ TRANSFORMATIONS: dict[str, Callable[[], Transformation]] = {
     "tensorflow": lambda: dialects.tensorflow(0.01, momentum=0.9, centered=True),
     "keras": lambda: dialects.keras(falling(0.02), falling(0.9), falling(0.9), falling(0.1), False, falling(0.1)),
     "timm": lambda: dialects.timm(weight_decay=0.1, momentum=0.9, decoupled_decay=True, lr_in_momentum=False),
+    "cautious": lambda: dialects.timm(
+        falling(0.02), 0.9, 1e-6, 0.1, 0.9, False, True, corrected_weight_decay=True, caution=True, max_lr_snapshot=0.02
+    ),
     "stable_baselines3": lambda: dialects.stable_baselines3(weight_decay=0.1, momentum=0.9, centered=True),
     "dqn": dialects.dqn,
     "dreamer": dialects.dreamer,
@@ -457,7 +460,7 @@ def test_inject_hyperparams_takes_every_number_and_never_recompiles() -> None:
 INJECTED = {
     "tensorflow": dict(learning_rate=0.02, decay=0.8, momentum=0.7, epsilon=0.1),
     "keras": dict(learning_rate=0.02, rho=0.8, momentum=0.7, epsilon=0.1, weight_decay=0.1),
-    "timm": dict(lr=0.02, alpha=0.8, eps=0.1, weight_decay=0.1, momentum=0.7),
+    "timm": dict(lr=0.02, alpha=0.8, eps=0.1, weight_decay=0.1, momentum=0.7, max_lr_snapshot=0.04),
     "stable_baselines3": dict(lr=0.02, alpha=0.8, eps=0.1, weight_decay=0.1, momentum=0.7),
     "dqn": dict(learning_rate=0.02, squared_gradient_momentum=0.8, min_squared_gradient=0.1),
     "dreamer": dict(lr=0.02, beta2=0.8, eps=0.1, beta1=0.7),

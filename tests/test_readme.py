@@ -1,8 +1,11 @@
 """What the README and the pages in ``docs`` say is run: their code, tables and links."""
 
+import builtins
+import copy
 import inspect
 import pathlib
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -11,8 +14,10 @@ import numpy as np
 import optax
 import pytest
 
+import recorded
 import tables
-from rmsprop_jax import rmsprop
+from compare import assert_close
+from rmsprop_jax import checkpoints, dialects, rmsprop
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -81,6 +86,89 @@ def test_checkpoint_block_runs(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     assert updates["kernel"].shape == (3, 2)
 
 
+CALLS = re.findall(r"^\| (.*) \| `(from_\w+\(.*\))` \|$", README, re.MULTILINE)
+
+
+def torch_source(scheduled: bool = False) -> tuple[dict[str, Any], Any, Any]:
+    """What the calls take, the parameters, and the parameters after one more step of torch."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.05, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2) if scheduled else None
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+    def params() -> Any:
+        return {name: jnp.array(p.detach().numpy()) for name, p in model.named_parameters()}
+
+    for _ in range(3):
+        step()
+    scope = {"file": copy.deepcopy(optimizer.state_dict()), "names": list(params()), "to_params": dict, "optax": optax}
+    scope["shapes"] = {name: p.shape for name, p in params().items()} | {"new.bias": (4,)}
+    if scheduler is not None:
+        scope["scheduler_file"] = scheduler.state_dict()
+    before = params()
+    step()
+    return scope, before, params()
+
+
+def optax_source() -> tuple[dict[str, Any], Any, Any]:
+    params = {"w": jnp.arange(3.0)}
+    theirs, ours = optax.rmsprop(lambda count: 0.1 / (1 + count)), dialects.optax(lambda count: 0.1 / (1 + count))
+    _, opt_state = theirs.update(params, theirs.init(params), params)
+    updates, _ = theirs.update({"w": jnp.ones(3)}, opt_state, params)
+    after = optax.apply_updates(params, updates)
+    return {"opt_state": opt_state, "optimizer": ours, "params": params}, params, after
+
+
+def recorded_source(library: str, case: str) -> tuple[dict[str, Any], Any, Any]:
+    run = recorded.run_of(library, case, "float32")
+    variables = run.file
+    if library == "keras":
+        variables = {path: run.file[str(place)] for place, path in enumerate(run.about["paths"])}
+    scope = {"names": run.names, "variables": variables, "to_params": dict}
+    return scope | {"config": run.about.get("config", {}).get("float32")}, run, None
+
+
+def test_every_call_of_the_table_continues_its_run() -> None:
+    """One more update here is one more step there."""
+    seen = []
+    for source, call in CALLS:
+        if "from_torch" in call:
+            scope, before, after = torch_source("scheduler_file" in call)
+            gradients = jax.tree.map(jnp.ones_like, before)
+        elif "from_optax" in call:
+            scope, before, after = optax_source()
+            gradients = {"w": jnp.ones(3)}
+        else:
+            library = "keras" if "from_keras" in call else "tensorflow1"
+            scope, run, _ = recorded_source(library, "plain")
+            before, after = run.params[0], run.params[run.steps.index(run.steps[0] + 1)]
+            gradients = {name: run.gradients[name][0] for name in run.names}
+        seen.append(call.split("(")[0])
+        scope |= {name: getattr(checkpoints, name) for name in checkpoints.__all__} | {"dialects": dialects}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "these parameters are not in the file")
+            result = eval(call, scope)
+        tx, state = (scope["optimizer"], result) if "from_optax" in call else result
+        if "missing" in call:
+            before, gradients = ({**tree, "new.bias": jnp.ones(4)} for tree in (before, gradients))
+        updates, _ = tx.update(gradients, state, before)
+        moved = optax.apply_updates(before, updates)
+        if "transformation=" in call:  # another rule, from the same state
+            assert int(state.step) == 3, source
+            assert all((np.asarray(state.square_avg[name]) > 0).all() for name in before), source
+            continue
+        assert_close({name: moved[name] for name in after}, after, ulps=4, scale="array")
+    assert set(seen) == {name for name in checkpoints.__all__ if name.startswith("from_")}
+
+
 # --- The pages in docs -------------------------------------------------------------------------------------
 
 
@@ -97,6 +185,9 @@ def test_blocks_run_from_top_to_bottom_and_print_what_follows(
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
+    if page.stem == "keras":
+        recorded.write_keras_file(tmp_path / "model.keras")
+        scope["__builtins__"] = vars(builtins) | {"__import__": recorded.import_of_page}
     for block, prints in blocks:
         exec(block, scope)
         assert capsys.readouterr().out == prints

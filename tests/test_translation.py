@@ -251,6 +251,47 @@ def test_what_the_target_does_not_take_is_refused_when_translated() -> None:
         translate("torch", "tensorflow", alpha=0.99999999)
 
 
+def test_what_only_timm_has_is_carried_to_timm() -> None:
+    given = dict(caution=True, corrected_weight_decay=True, decoupled_decay=True, weight_decay=0.1, momentum=0.5)
+    port = translate("timm", "timm", lr=lambda step: 0.1, max_lr_snapshot=0.25, **given)
+    assert port.notes == ()
+    assert port.arguments | given | {"max_lr_snapshot": 0.25} == port.arguments
+    structure = translation.structure_of(port.build())
+    assert [structure[name] for name in ("caution", "corrected_weight_decay", "decoupled_decay")] == [True] * 3
+    assert translate("torch", "timm", momentum=0.5).arguments["caution"] is False
+    assert "max_lr_snapshot" not in str(translate("torch", "timm"))
+    plain = translation.structure_of(dialects.timm(weight_decay=0.1, momentum=0.5, decoupled_decay=True))
+    assert [plain[name] for name in ("caution", "corrected_weight_decay", "decoupled_decay")] == [False, False, True]
+
+
+@pytest.mark.parametrize("target", ["torch", "tensorflow", "keras", "stable_baselines3", "optax"])
+def test_caution_does_not_carry_over(target: str) -> None:
+    with pytest.raises(ValueError, match=rf"^caution must be False, since target {target} has no caution, got True"):
+        translate("timm", target, caution=True, momentum=0.5)
+    translate("timm", target, caution=True)  # it says nothing without momentum
+
+
+def test_corrected_decay_does_not_carry_over_but_its_schedule_does() -> None:
+    def lr(step: Any) -> Any:
+        return 0.25 / (1 + step)
+
+    given = dict(lr=lr, decoupled_decay=True, max_lr_snapshot=0.25)
+    with pytest.raises(
+        ValueError, match=r"^corrected_weight_decay must be False, since target keras .* schedule of it"
+    ):
+        translate("timm", "keras", weight_decay=0.5, corrected_weight_decay=True, **given)
+    translate("timm", "keras", corrected_weight_decay=True, **given)
+    keras = translate("timm", "keras", weight_decay=lambda step: 0.5 * lr(step) / 0.25, **given).build()
+    timm = dialects.timm(weight_decay=0.5, corrected_weight_decay=True, **given)
+    params, still = jnp.ones(2), jnp.zeros(2)
+    ours, theirs = timm.init(params), keras.init(params)
+    for _ in range(3):
+        updates, ours = timm.update(still, ours, params)
+        expected, theirs = keras.update(still, theirs, params)
+        np.testing.assert_allclose(updates, expected, rtol=1e-6)
+        assert (updates < 0).all()
+
+
 # --- The ratio of steps --------------------------------------------------------------------------------------
 
 
@@ -417,6 +458,8 @@ def test_structure_is_that_of_the_equations() -> None:
         "centered": False,
         "eps_in_sqrt": False,
         "decoupled_decay": False,
+        "corrected_weight_decay": False,
+        "caution": False,
         "lr_in_buffer": False,
         "buffer_sign": 1,
         "averages_steps": False,
@@ -431,6 +474,7 @@ def test_structure_is_that_of_the_equations() -> None:
         (dialects.tensorflow(0.1, momentum=0.5), in_buffer | {"initial_scale": 1.0}),
         (dialects.keras(momentum=0.5, weight_decay=0.1), in_buffer | {"decoupled_decay": True}),
         (dialects.timm(momentum=0.5, lr_in_momentum=False), {"eps_in_sqrt": True, "initial_scale": 1.0}),
+        (dialects.timm(momentum=0.5, caution=True), in_buffer | {"initial_scale": 1.0, "caution": True}),
         (dialects.stable_baselines3(momentum=0.5), {"eps_in_sqrt": True, "initial_scale": 1.0}),
         (dialects.optax(0.1, momentum=0.5, nesterov=True), in_buffer | {"buffer_sign": -1, "nesterov": True}),
         (dialects.optax(0.1, eps_in_sqrt=False, bias_correction=True), {"bias_correction": True}),
@@ -473,7 +517,9 @@ def test_translation_prints_as_text() -> None:
     port = translate("keras", "timm", momentum=0.5, learning_rate=lambda step: 0.1)
     call, *notes = str(port).splitlines()
     assert call.startswith("timm(lr=<function ")
-    assert call.endswith("weight_decay=0, decoupled_decay=True, lr_in_momentum=True)")
+    assert call.endswith(
+        "weight_decay=0, decoupled_decay=True, corrected_weight_decay=False, caution=False, lr_in_momentum=True)"
+    )
     assert notes == [f"- {note}" for note in port.notes] != []
 
 

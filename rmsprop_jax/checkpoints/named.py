@@ -1,14 +1,13 @@
 """Arrays under names, and the state of an optimizer for a parameter tree: one into the other, for any framework.
 
 Parameters are identified by name in both directions. The user's function for the weights, from ``{name: array}`` to
-``params`` or back, also carries every slot of the state. One more call gives it arrays that are each filled with a tag;
-the tags in its result tell which array each part comes from.
+``params`` or back, also carries every slot of the state. ``checkpoints.rearrangement`` finds out which arrays each part
+of its result comes from.
 
-Read from the top down: two checks of arguments; names to tree; tree to names; the trace, which both use.
+Read from the top down: two checks of arguments; names to tree; tree to names.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import chex
@@ -18,20 +17,23 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import shown
+from rmsprop_jax.checkpoints.rearrangement import Like, sources_of
 from rmsprop_jax.checkpoints.slots import SLOTS, Parameter, check_slot, largest_count
 from rmsprop_jax.state import (
     RMSPropState,
     find_states,
     is_absent,
     is_array,
+    is_state,
     is_trainable,
     leaf_key,
     leaf_name,
     merge_trees,
     replace_states,
+    unboxed,
 )
 
-__all__ = ["build_optimizer", "check_functions", "checked_names", "slots_by_name"]
+__all__ = ["build_optimizer", "check_functions", "checked_names", "common_step", "slots_by_name"]
 
 
 def checked_names(names: Iterable[str], example: str) -> list[str]:
@@ -41,7 +43,7 @@ def checked_names(names: Iterable[str], example: str) -> list[str]:
       TypeError: if it holds anything but strings; the message suggests ``example``.
       ValueError: if it holds a name twice.
     """
-    is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes)
+    is_list = isinstance(names, Iterable) and not isinstance(names, str | bytes | Set)  # a set has no order
     result: list[Any] = list(names) if is_list else [None]
     if not all(isinstance(name, str) for name in result):
         raise TypeError(f"names must be a list of strings, such as {example}, got {shown(names)}")
@@ -69,23 +71,29 @@ def build_optimizer(
     parameters: Sequence[Parameter],
     to_params: Callable[[dict[str, np.ndarray]], chex.ArrayTree],
     transformations: Sequence[optax.GradientTransformation],
+    step: int | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     """The transformation for all groups of parameters, and its state with the numbers of a file.
 
     One group keeps its transformation. Several become ``optax.partition``, labeled ``"group0"``, ``"group1"``, ...
 
+    A transformation may hold anything around its RMSProp. The RMSProp gets the slots. Every count that a schedule
+    reads (of ``optax.scale_by_schedule``, ``inject_hyperparams`` and ``MultiSteps``) gets the step. Everything else
+    starts as ``init`` starts it.
+
     Args:
       parameters: all of them, in any order.
       to_params: from ``{name: array}`` to the tree that is trained. It may only rearrange.
       transformations: one for each group, in the order of the groups.
+      step: the number of updates of the run; ``None`` for the one that all parameters have.
 
     Returns:
-      ``(tx, state)``. The state is what ``tx.init`` makes, with copies of the slots in its dtypes; every count in it
-      is the step. A slot that the file does not hold starts from what ``init`` starts from.
+      ``(tx, state)``. The state is what ``tx.init`` makes, with copies of the slots in its dtypes. A slot that the
+      file does not hold starts from what ``init`` starts from.
 
     Raises:
-      ValueError: if the steps differ, ``to_params`` does more than rearrange, a leaf belongs to two groups, or the
-        transformation keeps anything but an ``RMSPropState`` and counts.
+      ValueError: if ``step`` is ``None`` and the steps differ, ``to_params`` does more than rearrange, a leaf
+        belongs to two groups, or the transformation keeps values of the parameters, which are not known here.
 
     Example:
       >>> import numpy as np
@@ -98,7 +106,7 @@ def build_optimizer(
       >>> print(state.step, state.square_avg["kernel"])
       7 [1. 2.]
     """
-    step = _common_step(parameters)
+    step = common_step(parameters) if step is None else step
 
     def build(arrays: Iterable[np.ndarray]) -> chex.ArrayTree:
         return _tree_of(to_params, {p.name: array for p, array in zip(parameters, arrays, strict=True)})
@@ -121,7 +129,8 @@ def build_optimizer(
             return parameter.slots[slot]
         return _first_slot(parameter, slot, transformations[parameter.group])
 
-    return tx, _filled(like, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
+    fresh = _fresh_state(tx, template, like)
+    return tx, _filled(fresh, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
 
 
 def _kept_by(transformation: optax.GradientTransformation) -> set[str]:
@@ -143,7 +152,12 @@ def _check_kept(parameter: Parameter, kept: set[str]) -> None:
 _BUILD_ONE = "build the transformation with rmsprop_jax.rmsprop, scale_by_rmsprop or a function of dialects"
 
 
-def _common_step(parameters: Sequence[Parameter]) -> int:
+def common_step(parameters: Sequence[Parameter]) -> int:
+    """The step that all parameters have; 0 if none has one.
+
+    Raises:
+      ValueError: if they differ.
+    """
     first: dict[int, Parameter] = {}
     for p in parameters:
         if p.step is not None:
@@ -152,7 +166,7 @@ def _common_step(parameters: Sequence[Parameter]) -> int:
         p, other, *_ = first.values()
         raise ValueError(
             f"{p.name!r} is at step {p.step}, but {other.name!r} at step {other.step}; here all parameters share one "
-            "step, so set every step in the file to the one at which schedules are to be read"
+            "step, at which schedules are read: give it as step="
         )
     return next(iter(first), 0)
 
@@ -187,7 +201,8 @@ def _group_of_each_leaf(
         return [(_leaf(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
     groups = []
-    for where, numbers in _trace("to_params", [(repr(p.name), p.shape) for p in parameters], leaves):
+    inputs = [Like(repr(p.name), p.shape, p.dtype.kind == "c") for p in parameters]
+    for where, numbers in sources_of("to_params", inputs, leaves):
         first, *others = [parameters[i] for i in numbers] or parameters[:1]  # an empty leaf fits any group
         for other in others:
             if other.group != first.group:
@@ -207,29 +222,75 @@ def _first_slot(parameter: Parameter, slot: str, transformation: optax.GradientT
     return np.full(parameter.shape, 0 if first is None else first, dtype)
 
 
-def _filled(like: optax.OptState, step: int, trees: Mapping[str, chex.ArrayTree]) -> optax.OptState:
-    """``like``, which holds shapes and dtypes, with the arrays of ``trees``; every count in it is ``step``."""
+def _fresh_state(tx: optax.GradientTransformation, template: chex.ArrayTree, like: optax.OptState) -> optax.OptState:
+    """What ``tx.init`` gives, with shapes and dtypes in place of the slots, which come from the file.
 
-    def count(like: Any) -> jax.Array:
-        if like.shape or not jnp.issubdtype(like.dtype, jnp.integer):
+    Raises:
+      ValueError: if anything outside the slots depends on the values of the parameters.
+    """
+    outside = replace_states(like, lambda state: None)
+    if not jax.tree.leaves(outside):
+        return like
+    fresh = tx.init(template)
+    other = tx.init(jax.tree.map(lambda x: x + 1 if is_trainable(x) else x, template))
+
+    def kept(path: Any, first: Any, second: Any) -> Any:
+        if is_state(first):
+            return None
+        if (
+            is_array(first)
+            and jnp.issubdtype(first.dtype, jnp.inexact)
+            and not np.array_equal(np.asarray(first), np.asarray(second), equal_nan=True)
+        ):
             raise ValueError(
-                f"the transformation keeps a {like.dtype} array of shape {like.shape}, for which the file has no slot; "
-                "its state may hold only RMSPropStates and counts"
+                f"the transformation keeps values of the parameters in state{jax.tree_util.keystr(path)}, which are "
+                "not known here; build it without that part, and put the part around the result"
             )
-        return jnp.asarray(step, like.dtype)
+        return first
+
+    jax.tree_util.tree_map_with_path(kept, fresh, other, is_leaf=is_state)
+    slots = iter(find_states("the state of the transformation", like, _BUILD_ONE).values())
+    return replace_states(fresh, lambda state: next(slots))
+
+
+# What a schedule reads besides RMSPropState.step. Every other count starts anew: of updates that were not finite, of
+# gradients that are accumulated, of a plateau.
+_COUNTS = {
+    "ScaleByScheduleState": "count",
+    "InjectHyperparamsState": "count",
+    "InjectStatefulHyperparamsState": "count",
+    "WrappedScheduleState": "count",
+    "MultiStepsState": "gradient_step",
+}
+
+
+def _filled(fresh: optax.OptState, step: int, trees: Mapping[str, chex.ArrayTree]) -> optax.OptState:
+    """``fresh`` with the arrays of ``trees`` in the slots, and ``step`` in every count that a schedule reads."""
 
     def array(like: Any, value: Any) -> Any:
         # A copy, since the library that wrote the file may overwrite the memory of its tensors.
         return like if is_absent(like) else jnp.array(value, like.dtype)
 
-    def state(like: RMSPropState) -> RMSPropState:
-        slots = {
-            slot: None if tree is None else jax.tree.map(array, tree, trees[slot], is_leaf=is_absent)
-            for slot, tree in zip(SLOTS, like[1:], strict=True)
-        }
-        return RMSPropState(step=count(like.step), **slots)
+    def count(like: Any) -> jax.Array:
+        return jnp.full(like.shape, step, like.dtype)
 
-    return replace_states(like, state, count)
+    def filled(node: Any) -> Any:
+        if is_state(node):
+            slots = {
+                slot: None if tree is None else jax.tree.map(array, tree, trees[slot], is_leaf=is_absent)
+                for slot, tree in zip(SLOTS, node[1:], strict=True)
+            }
+            return RMSPropState(step=count(node.step), **slots)
+        field = _COUNTS.get(type(node).__name__)
+        if field is None:
+            return node
+        others = {name: fill(value) for name, value in node._asdict().items() if name != field}
+        return node._replace(**others, **{field: count(getattr(node, field))})
+
+    def fill(tree: Any) -> Any:
+        return jax.tree.map(filled, tree, is_leaf=lambda x: is_state(x) or type(x).__name__ in _COUNTS)
+
+    return fill(fresh)
 
 
 # --- From a tree to names ----------------------------------------------------------------------------------
@@ -242,6 +303,7 @@ def slots_by_name(
 
     Args:
       state: any optimizer state with an ``RMSPropState`` in it, or with several as ``optax.partition`` divides them.
+        It may hold Flax's variables, as that of an ``nnx.Optimizer`` does.
       from_params: from a tree of NumPy arrays like the trained one to ``{name: array}``. It may only rearrange.
       names: all that ``from_params`` returns, in any order.
 
@@ -262,7 +324,7 @@ def slots_by_name(
       >>> slots_by_name(state, lambda params: {"weight": params["kernel"]}, ["weight"])
       (0, {'weight': {'square_avg': array([0., 0.], dtype=float32)}})
     """
-    step, trees = _step_and_slots(state)
+    step, trees = _step_and_slots(unboxed(state))
     leaves = _leaves(trees["square_avg"])
     for path, leaf in leaves:
         if is_absent(leaf):
@@ -273,11 +335,12 @@ def slots_by_name(
     def named(arrays: Sequence[np.ndarray]) -> list[tuple[str, np.ndarray]]:
         arrays_by_name = _arrays_by_name(from_params(jax.tree.unflatten(structure, arrays)), names)
         for name, array in arrays_by_name.items():
-            if not _holds(array.dtype, np.dtype(np.float32)):
+            if not _holds(array.dtype, np.dtype(np.complex64 if array.dtype.kind == "c" else np.float32)):
                 raise ValueError(f"from_params makes {name!r} {array.dtype}; it may only rearrange, not cast")
         return [(repr(name), array) for name, array in arrays_by_name.items()]
 
-    sources = _trace("from_params", [(_leaf(path), np.shape(leaf)) for path, leaf in leaves], named)
+    inputs = [Like(_leaf(path), np.shape(leaf), leaf.dtype.kind == "c") for path, leaf in leaves]
+    sources = sources_of("from_params", inputs, named)
     result: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
     for slot, tree in trees.items():
         if is_absent(tree):
@@ -322,6 +385,8 @@ def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:
 
 def _check_part(place: str, part: RMSPropState) -> None:
     """Raises unless every slot is as ``init`` gives it: arrays of the shape and the kind of the parameter."""
+    if part.square_avg is None:
+        raise ValueError(f"{place}.square_avg is None; every RMSProp keeps a square_avg, so give what init gives")
     expected = {jax.tree_util.keystr(path): leaf for path, leaf in _leaves(part.square_avg)}
     for slot in SLOTS:
         tree = getattr(part, slot)
@@ -357,8 +422,9 @@ def _check_leaf(place: str, slot: str, path: str, leaf: Any, like: Any) -> None:
 def _count_of(where: str, step: Any) -> int:
     """The number of updates, if the counter has not stopped."""
     number = np.asarray(step) if isinstance(step, int) and not isinstance(step, bool) else step
-    if not (is_array(number) and jnp.issubdtype(number.dtype, jnp.integer) and number.shape == ()):
-        got = f"{number.dtype} {number.shape}" if is_array(number) else shown(number)
+    is_number = isinstance(number, np.ndarray | np.generic | jax.Array)
+    if not (is_number and jnp.issubdtype(number.dtype, jnp.integer) and number.shape == ()):
+        got = f"{number.dtype} {number.shape}" if is_number else shown(number)
         raise TypeError(f"{where} must be an int32 scalar as init gives it, got {got}; a narrow float stops counting")
     if not 0 <= number < largest_count(number.dtype):
         raise ValueError(
@@ -393,55 +459,3 @@ def _leaves(tree: chex.ArrayTree) -> list[tuple[Any, Any]]:
 
 def _leaf(path: Any) -> str:
     return f"leaf {leaf_key(leaf_name(path))}"
-
-
-# --- The trace ---------------------------------------------------------------------------------------------
-
-
-def _trace(
-    function: str,
-    inputs: Sequence[tuple[str, tuple[int, ...]]],
-    call: Callable[[list[np.ndarray]], list[tuple[str, Any]]],
-) -> list[tuple[str, list[int]]]:
-    """For each output of a function that rearranges, the numbers of the inputs that it is made of.
-
-    Args:
-      function: its name.
-      inputs: for each its description and its shape.
-      call: calls the function with an array for each input; returns a description and an array for each output.
-
-    Raises:
-      ValueError: if an output holds numbers of no input, or no output holds a part of an input.
-    """
-    tags = _tags(len(inputs))
-    input_of = {tag: i for i, tag in enumerate(tags)}
-    placed = [0] * len(inputs)
-    result = []
-    for output, array in call([np.full(shape, tag, np.float32) for tag, (_, shape) in zip(tags, inputs, strict=True)]):
-        values, counts = np.unique(np.asarray(array).real, return_counts=True)
-        numbers = [input_of.get(value) for value in values.astype(np.float64).tolist()]
-        made_of = [i for i in numbers if i is not None]
-        if len(made_of) < len(numbers):
-            raise ValueError(
-                f"{function} puts numbers into {output} that it was not given; it carries the slots as well as the "
-                "weights, so it may only rearrange: cast, scale or pad elsewhere"
-            )
-        for i, count in zip(made_of, counts.tolist(), strict=True):
-            placed[i] += count
-        result.append((output, made_of))
-    for (what, shape), count in zip(inputs, placed, strict=True):
-        size = math.prod(shape)
-        if count < size:
-            part = f"{size - count} of {size} numbers of " if count else ""
-            raise ValueError(f"{function} leaves out {part}{what}; its state would be lost")
-    return result
-
-
-def _tags(number: int) -> list[float]:
-    """Different numbers in [1, 2) that need all 24 bits of float32, so that a narrower dtype changes each of them.
-
-    They are random: a sum or a mean of some gives none of the others.
-    """
-    odd = 2 * np.random.default_rng(0).choice(2**22, number, replace=False, shuffle=False) + 1
-    tags: list[float] = (1 + np.sort(odd) * 2.0**-23).tolist()
-    return tags

@@ -8,11 +8,12 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax.arguments import shown
-from rmsprop_jax.state import RMSPropState, is_array
+from rmsprop_jax.state import RMSPropState
 
 __all__ = [
     "SLOTS",
@@ -22,6 +23,7 @@ __all__ = [
     "check_slots",
     "dtype_of",
     "largest_count",
+    "scaled",
     "shape_and_dtype",
     "variance",
 ]
@@ -103,7 +105,8 @@ def check_slot(where: str, slot: str, value: Any) -> None:
       TypeError: if it is anything but such an array.
       ValueError: if numbers in it are NaN or negative.
     """
-    if not (is_array(value) and jnp.issubdtype(value.dtype, jnp.inexact)):
+    is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    if not (is_array and jnp.issubdtype(value.dtype, jnp.inexact)):
         raise TypeError(f"{where} must be a floating or complex array, got {getattr(value, 'dtype', shown(value))}")
     array = np.asarray(value)
     if np.isnan(array).any():
@@ -170,26 +173,27 @@ def largest_count(dtype: np.dtype) -> int:
 # --- A centered state: variance here, average of squares elsewhere -------------------------------------------
 
 
-def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
+def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray, weight: float = 1.0) -> np.ndarray:
     """The variance of a gradient, from the averages of its square and of itself.
 
     ::
 
-        variance ← max(square_avg − grad_avg², 0)
+        variance ← max(square_avg / weight − (grad_avg / weight)², 0)
 
     It is computed in float64, for each component of complex numbers. The difference can be slightly negative by
-    rounding; the nearest variance is 0.
+    rounding; the nearest variance is 0. If it is negative by more, one of the averages belongs to something else.
 
     Args:
       name: of the parameter.
       square_avg: any shape, floating or complex.
       grad_avg: like ``square_avg``.
+      weight: the sum of the weights in both averages: 1, or 1 − alphaᵗ if they are to be bias-corrected.
 
     Returns:
       An array in the dtype of ``square_avg``, but at least float32.
 
     Raises:
-      ValueError: if both are infinite somewhere.
+      ValueError: if ``square_avg`` is less than ``grad_avg²`` by more than rounding, or both are infinite somewhere.
 
     Example:
       >>> import numpy as np
@@ -197,7 +201,19 @@ def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndar
       >>> print(variance("weight", square_avg=np.float32([5.0, 0.25]), grad_avg=np.float32([2.0, 0.5000001])))
       [1. 0.]
     """
-    result = _componentwise(lambda v, m: np.maximum(v - m * m, 0), square_avg, grad_avg)
+    # The averages round 1/(1 − alpha) times on their way, for alpha = 0.9999 this is 10⁴ times. In half precision they
+    # stall, and any difference may be rounding.
+    tolerance = min(1e4 * float(jnp.finfo(square_avg.dtype).eps), 1.0)
+    for v, m in zip(_components(square_avg), _components(grad_avg), strict=True):
+        v, m = np.asarray(v, np.float64), np.asarray(m, np.float64)
+        is_impossible = m * m * (1 - tolerance) > weight * (v + _SMALLEST)
+        if is_impossible.any():
+            where = np.unravel_index(np.argmax(is_impossible), is_impossible.shape)
+            raise ValueError(
+                f"'square_avg' of {name!r} is {v[where]:.4g} where its 'grad_avg' is {m[where]:.4g}, but an average of "
+                "squares is no less than the square of the average; were the two swapped?"
+            )
+    result = _componentwise(lambda v, m: np.maximum(v - m * (m / weight), 0) / weight, square_avg, grad_avg)
     if np.isnan(result).any():
         raise ValueError(
             f"'square_avg' and 'grad_avg' of {name!r} are both infinite, so that their variance is NaN; take a "
@@ -206,19 +222,33 @@ def variance(name: str, square_avg: np.ndarray, grad_avg: np.ndarray) -> np.ndar
     return result
 
 
-def average_of_squares(name: str, deviation: np.ndarray, grad_avg: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`variance`: ``square_avg ← deviation + grad_avg²``, where ``deviation`` is the variance.
+_SMALLEST = float(np.finfo(np.float32).tiny)  # below it, g² is 0 in float32
+
+
+def average_of_squares(name: str, deviation: np.ndarray, grad_avg: np.ndarray, weight: float = 1.0) -> np.ndarray:
+    """The inverse of :func:`variance`: ``square_avg ← weight · (deviation + grad_avg²)``.
+
+    Args:
+      name: of the parameter.
+      deviation: the variance.
+      grad_avg: like ``deviation``, bias-corrected if ``weight`` is not 1.
+      weight: as in :func:`variance`.
 
     Raises:
-      ValueError: if a sum of finite numbers is infinite.
+      ValueError: if the result is infinite where ``deviation`` is not.
     """
-    result = _componentwise(lambda v, m: v + m * m, deviation, grad_avg)
-    if (np.isinf(result) & ~np.isinf(deviation) & ~np.isinf(grad_avg)).any():
+    result = _componentwise(lambda v, m: weight * (v + m * m), deviation, grad_avg)
+    if (np.isinf(result) & ~np.isinf(deviation)).any():
         raise ValueError(
             f"square_avg + grad_avg² of {name!r}, which is the average of squares, is infinite in {result.dtype}; take "
             "a checkpoint from before the run diverged"
         )
     return result
+
+
+def scaled(array: np.ndarray, factor: float) -> np.ndarray:
+    """``factor · array`` in the dtype of ``array``, but at least float32; computed in float64."""
+    return _componentwise(lambda x: factor * x, array)
 
 
 def _components(array: np.ndarray) -> tuple[np.ndarray, ...]:

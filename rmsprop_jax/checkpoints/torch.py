@@ -1,33 +1,25 @@
 """Torch checkpoints: the state dict of ``torch.optim.RMSprop`` in, and out again. Torch is not imported.
 
-A state dict identifies parameters by index. The names that the user gives say which parameter each index is, and
-``checkpoints.named`` does the rest.
+``checkpoints.torch_file`` says what is in the file, and ``checkpoints.named`` makes the state of it.
 
-Source: ``torch/optim/rmsprop.py`` and ``torch/optim/optimizer.py`` (PyTorch 2.13; 1.x differs in ``step``, a number
-there), for the layout ``{"state": {index: {slot: tensor}}, "param_groups": [{"params": [index], "lr": ...}]}``.
+Read from the top down: from torch; the numbers of a group; one parameter; to torch.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
-import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_eps, check_number, check_smoothing, shown
-from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, slots_by_name
-from rmsprop_jax.checkpoints.slots import (
-    SLOTS,
-    Parameter,
-    average_of_squares,
-    check_slots,
-    dtype_of,
-    largest_count,
-    shape_and_dtype,
-    variance,
-)
+from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, common_step, slots_by_name
+from rmsprop_jax.checkpoints.slots import SLOTS, Parameter, average_of_squares, check_slots, shape_and_dtype, variance
+from rmsprop_jax.checkpoints.torch_file import File, array_of, keys_of, python_of, read_file, step_of_entry
+from rmsprop_jax.checkpoints.torch_schedulers import schedules_of
 from rmsprop_jax.transform import rmsprop
 
 __all__ = ["from_torch", "to_torch"]
@@ -51,8 +43,8 @@ _IGNORED = frozenset(
     {"params", "param_names", "name", "foreach", "fused", "capturable", "differentiable"}
     | {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale", "max_lr_snapshot"}
 )
-# Switches of timm. A switch that is off asks for nothing, whether or not the transformation has it.
-_SWITCHES = frozenset(("caution", "corrected_weight_decay"))
+# A switch of torch or timm that is off asks for nothing, whether or not the transformation has it.
+_SWITCHES = frozenset(("maximize", "caution", "corrected_weight_decay"))
 
 
 # --- From torch --------------------------------------------------------------------------------------------
@@ -64,7 +56,15 @@ def from_torch(
     to_params: Callable[[dict[str, np.ndarray]], chex.ArrayTree],
     *,
     params: Mapping[str, Any] | None = None,
+    missing: str = "error",
+    step: int | None = None,
     lr: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    alpha: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    eps: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    weight_decay: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    momentum: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
+    scheduler_state_dict: Mapping[str, Any] | None = None,
+    updates_per_scheduler_step: int = 1,
     transformation: Callable[..., optax.GradientTransformation] = rmsprop,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     """The transformation and the state that continue a run of ``torch.optim.RMSprop`` in JAX.
@@ -84,20 +84,40 @@ def from_torch(
     Args:
       optimizer_state_dict: what ``optimizer.state_dict()`` returned, as ``torch.load(file, weights_only=True)`` reads
         it. Tensors may be on any device and of any floating or complex dtype, bfloat16 included. NumPy arrays are
-        accepted too.
+        accepted too. Other forms of it are read as well: what ``get_optimizer_state_dict`` of
+        ``torch.distributed.checkpoint`` returns (with ``full_state_dict=True``), flattened or not, and a file of
+        bitsandbytes' RMSprop in 32 bits.
       names: the parameters' names, in the order in which the optimizer was given the parameters, through all groups:
-        ``[name for name, _ in model.named_parameters()]`` if it was given ``model.parameters()``.
+        ``[name for name, _ in model.named_parameters()]`` if it was given ``model.parameters()``. If the file itself
+        has names, parameters go by name, and the order of ``names`` is free.
       to_params: from ``{name: array}``, with all ``names`` and no others, to the tree that the JAX model trains. It
         may rename, transpose, reshape, split and join, but not cast or compute: it is called with each slot, and
         before that with zeros and with arrays of tags, which show what each leaf is made of.
       params: ``{name: array or shape}``, such as ``model.state_dict()``; other names than ``names`` are ignored. Needed
-        only for parameters that never had a gradient, for which the file holds nothing. Their slots start from what
+        for parameters that never had a gradient, for which the file holds nothing. Their slots start from what
         ``transformation`` starts from, which is 0 in torch. A shape stands for float32.
-      lr: replaces the learning rate in the file: a number or a schedule, or one for each group. A schedule is read at
-        the step in the file.
+      missing: what happens to parameters that the file does not have: "error", or "init" if the model has grown.
+        Then ``params`` are all its parameters (``dict(model.named_parameters())``), and ``to_params`` gets all of
+        them. Those that are not in ``names``, or are of another shape in the file, start as ``transformation`` starts
+        them. A warning lists them.
+      step: the number of updates of the run, at which schedules are read. Needed if the steps of the parameters differ,
+        as they do if layers were unfrozen on the way. (Torch's RMSprop counts steps but reads none.)
+      lr: replaces the learning rate in the file: a number or a schedule, or a list with one for each group. A schedule
+        is read at the step.
+      alpha: as ``lr``.
+      eps: as ``lr``.
+      weight_decay: as ``lr``.
+      momentum: as ``lr``. It must be given for a run whose scheduler moves the momentum (``OneCycleLR``, ``CyclicLR``),
+        since the file holds only its momentary value.
+      scheduler_state_dict: what ``scheduler.state_dict()`` returned at the same moment. The learning rate, and the
+        momentum if the scheduler moves it, then become the schedules that continue it; see
+        :func:`rmsprop_jax.checkpoints.schedules_of`, which takes what a file cannot hold.
+      updates_per_scheduler_step: updates from one ``scheduler.step()`` to the next: those of an epoch if it is called
+        once per epoch.
       transformation: what to build, with the hyperparameters as keyword arguments. Other optimizers with torch's
         slots have their own: ``dialects.timm`` for timm's RMSpropTF, ``dialects.stable_baselines3`` for
-        Stable-Baselines3's RMSpropTFLike, whose file looks the same as torch's.
+        Stable-Baselines3's RMSpropTFLike, whose file looks the same as torch's. A function of your own may put
+        anything around it, such as ``optax.MultiSteps`` or a clipping; what is around it starts anew.
 
     Returns:
       ``(tx, state)``. The state has the structure and the dtypes of ``tx.init(params)`` (at least float32; a float64
@@ -108,6 +128,10 @@ def from_torch(
       ValueError: if the file does not hold a whole RMSprop run or does not fit ``names``, ``to_params`` or
         ``transformation``: a missing, unknown or additional parameter, slot or hyperparameter, a wrong shape, NaN, a
         negative average, steps that differ, one leaf in two groups. The message names it.
+
+    Warns:
+      UserWarning: if a scheduler set the learning rate in the file and no ``lr`` is given, since the rate then stays
+        where it is; with ``missing="init"``, which parameters start anew.
 
     Example:
       >>> import numpy as np
@@ -122,97 +146,133 @@ def from_torch(
       7 (3, 1)
     """
     check_functions(to_params=to_params, transformation=transformation)
-    groups, entries = _groups_and_entries("optimizer_state_dict", optimizer_state_dict)
-    keys = _key_and_group_of("optimizer_state_dict", groups, entries, checked_names(names, _EXAMPLE_OF_NAMES))
-    rates = lr if isinstance(lr, list | tuple) else [lr] * len(groups)
-    if len(rates) != len(groups):
-        raise ValueError(f"lr must be one learning rate, or one for each of the {len(groups)} groups, got {len(rates)}")
-    transformations = [
-        transformation(**_hyperparameters(index, group, rate, transformation))
-        for index, (group, rate) in enumerate(zip(groups, rates, strict=True))
-    ]
+    file = read_file("optimizer_state_dict", optimizer_state_dict)
+    keys = keys_of(file, checked_names(names, _EXAMPLE_OF_NAMES))
+    step = _checked_step(step)
+    given = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+    numbers = _numbers_by_group(file, given)
+    grown = _grown(file, keys, params, missing)
     parameters = [
-        _parameter(name, key, index, groups[index], entries.get(key, {}), params) for name, (key, index) in keys.items()
+        _parameter(file, name, key, index, params, "momentum" in numbers[index] or scheduler_state_dict is not None)
+        for name, (key, index) in keys.items()
+        if name not in grown
     ]
-    return build_optimizer(parameters, to_params, transformations)
+    parameters += [_new_parameter(name, group, params) for name, group in grown.items()]
+    step = common_step(parameters) if step is None else step
+    if scheduler_state_dict is not None:
+        schedules = schedules_of(
+            scheduler_state_dict, file.groups, step=step, updates_per_step=updates_per_scheduler_step
+        )
+        numbers = _scheduled(numbers, schedules)
+    _check_no_scheduler_is_forgotten(file, numbers)
+    transformations = [
+        transformation(**_hyperparameters(index, group, own, transformation))
+        for index, (group, own) in enumerate(zip(file.groups, numbers, strict=True))
+    ]
+    if grown:
+        warnings.warn(f"these parameters are not in the file and start anew: {', '.join(grown)}", stacklevel=2)
+    return build_optimizer(parameters, to_params, transformations, step)
 
 
-def _groups_and_entries(argument: str, file: Any) -> tuple[list[Mapping[str, Any]], Mapping[Any, Mapping[str, Any]]]:
-    """The groups and the entries of an optimizer's state dict, after a check that it is one."""
-    if not isinstance(file, Mapping):
-        hint = "; call its state_dict()" if hasattr(file, "state_dict") else ""
-        raise TypeError(f"{argument} must be a state dict, got {type(file).__name__}{hint}")
-    absent = [key for key in ("state", "param_groups") if key not in file]
-    if absent:
-        inner = [key for key, value in file.items() if isinstance(value, Mapping) and "param_groups" in value]
-        hint = f"; did you mean the one under {shown(inner[0])}?" if inner else "; is it the model's?"
-        raise ValueError(f"{argument} has no {' and no '.join(map(repr, absent))}, but {shown(list(file)[:5])}{hint}")
-    groups, entries = file["param_groups"], file["state"]
-    if not isinstance(groups, list | tuple):
-        raise TypeError(f"{argument}['param_groups'] must be a list of dicts, got {shown(groups)}")
-    if not isinstance(entries, Mapping):
-        raise TypeError(f"{argument}['state'] must be a dict of dicts, got {shown(entries)}")
-    for where, part in [
-        *((f"{argument}['param_groups'][{index}]", group) for index, group in enumerate(groups)),
-        *((f"{argument}['state'][{shown(key)}]", entry) for key, entry in entries.items()),
-    ]:
-        if not isinstance(part, Mapping):
-            raise TypeError(f"{where} must be a dict, got {shown(part)}")
-    if not groups:
-        raise ValueError(f"{argument}['param_groups'] is empty; give the state dict of an optimizer with parameters")
-    for index, group in enumerate(groups):
-        if "params" not in group:
-            raise ValueError(f"group {index} of {argument} has no 'params'; give what optimizer.state_dict() returns")
-        keys = group["params"]
-        if not isinstance(keys, list | tuple) or not all(isinstance(key, int | str) for key in keys):
-            raise TypeError(
-                f"'params' of group {index} of {argument} must be a list of indices, got {shown(keys)}; give what "
-                "optimizer.state_dict() returns"
+def _checked_step(step: Any) -> int | None:
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0):
+        raise TypeError(f"step must be the number of updates of the run, an int ≥ 0, got {shown(step)}")
+    return None if step is None else int(step)
+
+
+# --- A model that grew -----------------------------------------------------------------------------------------
+
+
+def _grown(
+    file: File, keys: Mapping[str, tuple[Any, int]], params: Mapping[str, Any] | None, missing: str
+) -> dict[str, int]:
+    """The parameters that start anew, each with its group."""
+    if missing not in ("error", "init"):
+        raise ValueError(f"missing must be 'error' or 'init', got {shown(missing)}")
+    if missing == "error":
+        return {}
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "params must be all parameters of the model with missing='init': dict(model.named_parameters()), got "
+            f"{type(params).__name__}"
+        )
+    grown = {}
+    for name, (key, index) in keys.items():
+        entry = file.entries.get(key, {})
+        expected = shape_and_dtype(name, params)
+        if expected is None:
+            raise ValueError(f"the file has {name!r}, but params does not; a model may grow here, but not shrink")
+        if "square_avg" in entry and tuple(getattr(entry["square_avg"], "shape", expected[0])) != expected[0]:
+            grown[name] = index
+    new = [name for name in params if name not in keys]
+    if new and len(file.groups) > 1:
+        raise ValueError(
+            f"params has {shown(new[0])}, which is not in names, but the file has {len(file.groups)} groups; append a "
+            "new index to the 'params' of its group, and its name to names"
+        )
+    return grown | dict.fromkeys(new, 0)
+
+
+def _new_parameter(name: str, group: int, params: Mapping[str, Any] | None) -> Parameter:
+    """A parameter of which nothing is known but what ``params`` say."""
+    expected = shape_and_dtype(name, params)
+    assert expected is not None  # _grown found it there
+    shape, dtype = expected
+    return Parameter(name, group, shape, np.dtype(np.float32) if dtype is None else dtype, step=None, slots={})
+
+
+# --- The numbers of a group ------------------------------------------------------------------------------------
+
+
+def _numbers_by_group(file: File, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each group the numbers that replace those in the file."""
+    numbers: list[dict[str, Any]] = [{} for _ in file.groups]
+    for name, value in given.items():
+        values = value if isinstance(value, list | tuple) else [value] * len(file.groups)
+        if len(values) != len(file.groups):
+            raise ValueError(
+                f"{name} must be one number or schedule, or one for each of the {len(file.groups)} groups, got "
+                f"{len(values)}"
             )
-    if any("betas" in group for group in groups) or any("exp_avg" in entry for entry in entries.values()):
-        raise ValueError(
-            f"{argument} belongs to an optimizer of Adam's family ('betas' or 'exp_avg' is in it), not to RMSprop; "
-            "start with transformation.init instead"
-        )
-    return list(groups), entries
+        for own, x in zip(numbers, values, strict=True):
+            if x is not None:
+                own[name] = x
+    return numbers
 
 
-def _key_and_group_of(
-    argument: str, groups: list[Mapping[str, Any]], entries: Mapping[Any, Any], names: list[str]
-) -> dict[str, tuple[Any, int]]:
-    """For each name the key of its parameter in the file and its group. As in torch, the order decides."""
-    found = [(key, index) for index, group in enumerate(groups) for key in group["params"]]
-    keys = [key for key, _ in found]
-    known = set(keys)
-    if len(known) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"parameter {shown(twice)} is in the groups of {argument} twice; it must be in one")
-    if len(names) != len(keys):
-        raise ValueError(
-            f"names has {len(names)} names, but {argument} has {len(keys)} parameters, in groups of "
-            f"{shown([len(group['params']) for group in groups])}; give the names of the optimizer's parameters in its "
-            f"order, got {shown(names)}"
-        )
-    extra = [key for key in entries if key not in known]
-    if extra:
-        raise ValueError(
-            f"{argument}['state'] has an entry {shown(extra[0])}, but no group has a parameter of that index; give "
-            "what optimizer.state_dict() returns"
-        )
-    recorded = [str(name) for group in groups for name in group.get("param_names") or ()]
-    if recorded != names and sorted(recorded) == sorted(names):
-        first = next(index for index, name in enumerate(names) if name != recorded[index])
-        raise ValueError(
-            f"names must be in the optimizer's order: {argument} records {shown(recorded[first])} for parameter "
-            f"{first}, names has {shown(names[first])}"
-        )
-    return dict(zip(names, found, strict=True))
+def _scheduled(
+    numbers: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, optax.Schedule]]
+) -> list[dict[str, Any]]:
+    """``numbers`` and the schedules of each group, after a check that they do not both have the same one."""
+    for own, scheduled in zip(numbers, schedules, strict=True):
+        twice = sorted(own.keys() & scheduled.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is given, but scheduler_state_dict has it too; leave one of the two out")
+    return [{**own, **scheduled} for own, scheduled in zip(numbers, schedules, strict=True)]
+
+
+def _check_no_scheduler_is_forgotten(file: File, numbers: Sequence[Mapping[str, Any]]) -> None:
+    for index, (group, own) in enumerate(zip(file.groups, numbers, strict=True)):
+        moved = next((key for key in ("base_momentum", "max_momentum") if key in group), None)
+        if moved is not None and "momentum" not in own:
+            raise ValueError(
+                f"group {index} has {moved!r}, so a scheduler moves its momentum, which is "
+                f"{shown(group.get('momentum'))} now; give scheduler_state_dict, or momentum= a schedule or the number "
+                "that it is to keep"
+            )
+        if "initial_lr" in group and "lr" not in own:
+            warnings.warn(
+                f"group {index} has 'initial_lr', so a scheduler set its learning rate, which stays at "
+                f"{shown(group.get('lr'))} now; give scheduler_state_dict, or lr= a schedule or the number that it is "
+                "to keep",
+                stacklevel=3,
+            )
 
 
 def _hyperparameters(
-    index: int, group: Mapping[str, Any], rate: Any, transformation: Callable[..., Any]
+    index: int, group: Mapping[str, Any], own: Mapping[str, Any], transformation: Callable[..., Any]
 ) -> dict[str, Any]:
-    """The keyword arguments for ``transformation`` that a group holds, with ``rate`` for its lr if that is not None."""
+    """The keyword arguments for ``transformation`` that a group holds, and ``own`` in place of some of them."""
     missing = [key for key in _REQUIRED if key not in group]
     if missing:
         raise ValueError(f"group {index} has no {missing[0]!r}, which every group of RMSprop has; add it to the group")
@@ -222,13 +282,17 @@ def _hyperparameters(
     hyperparameters = {}
     for key, value in (_DEFAULTS | dict(group)).items():
         if key in known or (takes_any and key not in _IGNORED):
-            hyperparameters[key] = rate if key == "lr" and rate is not None else _hyperparameter(index, key, value)
+            hyperparameters[key] = own[key] if key in own else _hyperparameter(index, key, value)
         elif not (key in _IGNORED or (key in _SWITCHES and not value)):
             is_of_timm = key in ("lr_in_momentum", "decoupled_decay")
             raise ValueError(
                 f"group {index} has {shown(key)} ({shown(value)}), which is not an argument of "
-                f"{shown(getattr(transformation, '__name__', transformation))}: {', '.join(sorted(known))}"
-                + ("; is this a file of timm's RMSpropTF, for transformation=dialects.timm?" if is_of_timm else "")
+                f"{shown(getattr(transformation, '__name__', transformation))}: {', '.join(sorted(known))}; "
+                + (
+                    "is this a file of timm's RMSpropTF, for transformation=dialects.timm?"
+                    if is_of_timm
+                    else f"if it does not change the update, drop it: group.pop({key!r})"
+                )
             )
     return hyperparameters
 
@@ -236,12 +300,19 @@ def _hyperparameters(
 def _hyperparameter(index: int, key: str, value: Any) -> Any:
     """A hyperparameter of a group, checked if it is one of torch's."""
     what = f"{key!r} of group {index}"
-    plain = _as_python(what, value)
+    plain = python_of(what, value)
     if key == "centered":
         if not isinstance(plain, bool | int) or plain not in (0, 1):
             raise TypeError(f"{what} must be True or False, got {shown(plain)}")
         return bool(plain)
-    return _CHECKS[key](what, plain) if key in _CHECKS else plain
+    if key not in _CHECKS:
+        return plain
+    if callable(plain):
+        raise TypeError(f"{what} must be a number, got {shown(plain)}")
+    number = _CHECKS[key](what, plain)
+    if np.isinf(float(jnp.asarray(number, float))):
+        raise ValueError(f"{what} is {shown(plain)}, which is infinite in float32; switch jax_enable_x64 on")
+    return number
 
 
 def _slots_of_group(index: int, group: Mapping[str, Any]) -> list[str]:
@@ -251,16 +322,15 @@ def _slots_of_group(index: int, group: Mapping[str, Any]) -> list[str]:
     return [slot for slot, kept in is_kept.items() if kept]
 
 
+# --- One parameter -----------------------------------------------------------------------------------------------
+
+
 def _parameter(
-    name: str,
-    key: Any,
-    index: int,
-    group: Mapping[str, Any],
-    entry: Mapping[str, Any],
-    params: Mapping[str, Any] | None,
+    file: File, name: str, key: Any, index: int, params: Mapping[str, Any] | None, momentum_is_given: bool
 ) -> Parameter:
     """What the file, and ``params`` in its place, say about a parameter."""
     expected = shape_and_dtype(name, params)
+    entry = file.entries.get(key, {})
     if not entry:
         if expected is None:
             where = "params has no such name" if params is not None else "its shape is needed"
@@ -268,10 +338,11 @@ def _parameter(
                 f"the file has no state for {name!r} (parameter {key!r}), so it never had a gradient, and {where}: "
                 f"give params={{{name!r}: array or shape, ...}}, or params=model.state_dict()"
             )
-        shape, dtype = expected
-        return Parameter(name, index, shape, np.dtype(np.float32) if dtype is None else dtype, step=None, slots={})
+        return _new_parameter(name, index, params)
 
-    kept = _slots_of_group(index, group)
+    kept = _slots_of_group(index, file.groups[index])
+    if momentum_is_given and "momentum_buffer" in entry and "momentum_buffer" not in kept:
+        kept.append("momentum_buffer")  # the scheduler is where its momentum is 0
     for slot in entry:
         if slot not in ("step", *SLOTS):
             raise ValueError(f"the state of {name!r} has {shown(slot)}; RMSprop's has {', '.join(('step', *SLOTS))}")
@@ -284,54 +355,12 @@ def _parameter(
         if slot not in entry:
             cause = f", but its group {index} has {_SETTING_OF[slot]}" if slot in _SETTING_OF else ""
             raise ValueError(f"the state of {name!r} has no {slot!r}{cause}; give the state dict of one RMSprop")
-    slots = {slot: _as_array(f"{slot!r} of {name!r}", entry[slot]) for slot in kept}
+    slots = {slot: array_of(f"{slot!r} of {name!r}", entry[slot]) for slot in kept}
     check_slots(name, slots, expected)
     shape, dtype = slots["square_avg"].shape, slots["square_avg"].dtype
     if "grad_avg" in slots:
         slots["square_avg"] = variance(name, slots["square_avg"], slots["grad_avg"])
-    return Parameter(name, index, shape, dtype, _step(name, entry["step"]), slots)
-
-
-def _step(name: str, value: Any) -> int:
-    """The step as an int: torch 1.x has an int, torch 2.x a float32 tensor."""
-    what = f"'step' of {name!r}"
-    step = _as_python(what, value)
-    if isinstance(step, bool) or not isinstance(step, int | float):
-        raise TypeError(f"{what} must be a number, got {shown(step)}")
-    if not (0 <= step < 2**31 and step == int(step)):
-        raise ValueError(f"{what} must be a whole number from 0 to 2³¹ − 1, got {shown(step)}")
-    if hasattr(value, "dtype") and step >= largest_count(dtype_of(value)):
-        raise ValueError(
-            f"{what} is {step:.0f}, where a counter of dtype {value.dtype} stops; put the number of updates, an int, "
-            "in its place in the file"
-        )
-    return int(step)
-
-
-def _as_python(what: str, value: Any) -> Any:
-    """A Python value as it is; a tensor or array of one number as that number."""
-    if not hasattr(value, "dtype"):
-        return value
-    array = _as_array(what, value)
-    if array.size != 1:
-        raise ValueError(f"{what} must be one number, got shape {array.shape}")
-    return array.item()
-
-
-def _as_array(what: str, value: Any) -> np.ndarray:
-    """An array, or a tensor of any floating or complex dtype on any device, as a NumPy array."""
-    if hasattr(value, "detach"):
-        tensor = value.detach()
-        try:
-            # NumPy lacks bfloat16 and 8-bit floats. float32 holds both exactly, and the state is at least float32.
-            name = dtype_of(tensor).name
-            tensor = tensor.cpu().float() if name == "bfloat16" or name.startswith("float8") else tensor.cpu()
-            value = tensor.numpy()
-        except (NotImplementedError, RuntimeError, TypeError):
-            raise TypeError(f"{what} must be a tensor whose numbers NumPy can hold, got {shown(tensor)}") from None
-    if not isinstance(value, np.ndarray | np.generic | jax.Array):
-        raise TypeError(f"{what} must be a tensor or an array, got {type(value).__name__}")
-    return np.asarray(value)
+    return Parameter(name, index, shape, dtype, step_of_entry(name, entry["step"]), slots)
 
 
 # --- To torch ----------------------------------------------------------------------------------------------
@@ -397,8 +426,13 @@ def to_torch(
       [[0. 0. 0.]]
     """
     check_functions(from_params=from_params, tensor=tensor)
-    groups, entries = _groups_and_entries("like", like)
-    keys = _key_and_group_of("like", groups, entries, checked_names(names, _EXAMPLE_OF_NAMES))
+    file = read_file("like", like)
+    if file.form != "torch":
+        raise ValueError(
+            f"like must be what state_dict() of a torch.optim.RMSprop returns, got the {file.form} form of it"
+        )
+    groups, entries = file.groups, file.entries
+    keys = keys_of(file, checked_names(names, _EXAMPLE_OF_NAMES))
     step, slots = slots_by_name(state, from_params, list(keys))
     # An array of no dimensions: torch.from_numpy takes it, but refuses np.float32(7).
     new_entries = {key: {"step": tensor(np.array(step, np.float32))} for key, _ in keys.values()}
@@ -423,7 +457,7 @@ def _slots_like(
                 f"{'has' if slot in kept else 'does not have'} {_SETTING_OF[slot]}; give like the settings of the run"
             )
     if "square_avg" in entry:
-        expected = _as_array(f"'square_avg' of {name!r} in like", entry["square_avg"])
+        expected = array_of(f"'square_avg' of {name!r} in like", entry["square_avg"])
         if expected.shape != square_avg.shape:
             raise ValueError(
                 f"from_params gives {name!r} the shape {square_avg.shape}, in like it has {expected.shape}; undo in "

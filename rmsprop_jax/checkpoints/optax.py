@@ -1,0 +1,493 @@
+"""Runs of ``optax.rmsprop``: its state, wherever it lies inside an optimizer state, in, and out again.
+
+Read from the top down: the two functions; the step; one RMSProp; the walk through two states at once.
+
+Source: Optax 0.2.8, ``optax/_src/alias.py`` (``rmsprop`` is a chain of the scaling, the learning rate and the trace)
+and ``optax/_src/transform.py`` (the states of the scaling).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax.arguments import check_smoothing, known, shown
+from rmsprop_jax.checkpoints.slots import average_of_squares, check_slots, largest_count, scaled, variance
+from rmsprop_jax.state import (
+    RMSPropState,
+    check_containers,
+    find_states,
+    is_array,
+    is_state,
+    leaf_key,
+    leaf_name,
+    unboxed,
+)
+
+__all__ = ["from_optax", "to_optax"]
+
+
+def from_optax(
+    opt_state: optax.OptState, like: optax.OptState, *, step: int | None = None, decay: float | None = None
+) -> optax.OptState:
+    """The state that continues a run of ``optax.rmsprop`` here.
+
+    Build your optimizer again, with ``dialects.optax`` in the place of ``optax.rmsprop`` and everything else as it was:
+    ``chain``, ``inject_hyperparams``, ``masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``. ``like`` is what
+    its ``init`` returns. The result is ``like`` with the numbers of ``opt_state`` in it::
+
+        step            ← count of the schedule, or else ``step``
+        square_avg      ← nu, or max(nu − mu², 0) if centered
+        grad_avg        ← mu            if centered
+        momentum_buffer ← trace         if momentum
+
+    and with ``bias_correction``, where w = 1 − decayᵗ::
+
+        square_avg ← nu / w, or max(nu / w − (mu / w)², 0)
+        grad_avg   ← mu / w
+
+    Divisions and differences are computed in float64. Whatever lies around the RMSProp keeps its numbers: gradients
+    that are accumulated, counts, injected hyperparameters.
+
+    A trace holds updates: the learning rate and the sign are in it. :func:`rmsprop_jax.translation.translate` takes the
+    result from there to the rule of torch or of another library.
+
+    Args:
+      opt_state: the state of the optimizer with ``optax.rmsprop`` in it, or with ``optax.scale_by_rms`` or
+        ``scale_by_stddev`` in a chain of your own. It may be a checkpoint that was restored without a target: nested
+        dicts and lists, as Orbax and ``flax.serialization.msgpack_restore`` return it. It may hold Flax's variables.
+      like: the state to fill, or its shapes and dtypes: ``jax.eval_shape(tx.init, params)``.
+      step: the number of updates so far. Needed if ``opt_state`` counts nothing: then no learning-rate schedule reads
+        it, and it is 0 if nothing else that you build does.
+      decay: the smoothing constant, in [0, 1). Needed if ``opt_state`` is bias-corrected, and only then.
+
+    Returns:
+      A state of the structure and the dtypes of ``like``: a bfloat16 ``nu`` becomes float32.
+
+    Raises:
+      TypeError: if an array or an argument has the wrong type.
+      ValueError: if the two states differ in anything but the RMSProp, slots are missing, NaN, negative or of another
+        shape, the step is unknown or there are several. The message names the place.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import dialects
+      >>> from rmsprop_jax.checkpoints import from_optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> before = optax.chain(optax.clip(1.0), optax.rmsprop(0.1, momentum=0.9))
+      >>> updates, opt_state = before.update({"w": jnp.array([0.5, 3.0])}, before.init(params))
+      >>> tx = optax.chain(optax.clip(1.0), dialects.optax(0.1, momentum=0.9))
+      >>> _, state = from_optax(opt_state, like=tx.init(params), step=1)
+      >>> print(state.step, state.square_avg["w"])
+      1 [0.025 0.1  ]
+    """
+    decay = _checked_decay(decay)
+    check_containers("opt_state", opt_state)
+    find_states("like", like, _BUILD_LIKE)
+    opt_state = unboxed(opt_state)
+    steps = _Steps(opt_state, step)
+
+    def convert(ours: Any, theirs: Any, where: str) -> Any:
+        return _read(ours, theirs, where, steps, decay) if is_state(ours) else None
+
+    return _boxed_like(like, _walk(unboxed(like), opt_state, "opt_state", _same, convert))
+
+
+def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None = None) -> optax.OptState:
+    """The inverse of :func:`from_optax`: a state that continues the run with ``optax.rmsprop``.
+
+    ::
+
+        nu    ← square_avg, or square_avg + grad_avg² if centered       · (1 − decayᵗ) with bias_correction
+        mu    ← grad_avg                              if centered       · (1 − decayᵗ) with bias_correction
+        trace ← momentum_buffer                       if momentum
+        count ← step                                  wherever Optax counts
+
+    Args:
+      state: a state of an optimizer with ``dialects.optax`` in it.
+      like: what ``init`` of the same optimizer with ``optax.rmsprop`` in its place returns.
+      decay: as in :func:`from_optax`.
+
+    Returns:
+      A state of the structure and the dtypes of ``like``.
+
+    Raises:
+      TypeError: as :func:`from_optax`.
+      ValueError: as :func:`from_optax`; also if a number becomes infinite in the dtype of ``like``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import dialects
+      >>> from rmsprop_jax.checkpoints import to_optax
+      >>> params = {"w": jnp.ones(2)}
+      >>> tx = dialects.optax(0.1, momentum=0.9)
+      >>> updates, state = tx.update({"w": jnp.array([0.5, 1.0])}, tx.init(params))
+      >>> scaling, _, trace = to_optax(state, like=optax.rmsprop(0.1, momentum=0.9).init(params))
+      >>> print(scaling.nu["w"])
+      [0.025 0.1  ]
+    """
+    decay = _checked_decay(decay)
+    find_states("state", state)
+    check_containers("like", like)
+
+    def convert(theirs: Any, ours: Any, where: str) -> Any:
+        return _written(theirs, ours, where, decay) if is_state(ours) else None
+
+    return _boxed_like(like, _walk(unboxed(like), unboxed(state), "state", _same, convert))
+
+
+def _boxed_like(like: Any, tree: Any) -> Any:
+    """``tree`` in the boxes of ``like``, if Flax's nnx keeps its arrays in boxes."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+_BUILD_LIKE = "build the transformation with a function of rmsprop_jax.dialects, and give what its init returns"
+_DECAY = "decay must be the smoothing constant of the run, a number in [0, 1)"
+
+
+def _checked_decay(decay: float | None) -> float | None:
+    if decay is None:
+        return None
+    number = known(check_smoothing("decay", decay))
+    if number is None:
+        raise TypeError(f"{_DECAY}, got {shown(decay)}")
+    return number
+
+
+# --- The step ------------------------------------------------------------------------------------------------
+
+
+class _Steps:
+    """The number of updates: what the RMSProp counts itself, or the caller says, or all else counts."""
+
+    def __init__(self, opt_state: optax.OptState, step: int | None) -> None:
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0):
+            raise TypeError(f"step must be the number of updates so far, an int ≥ 0, got {shown(step)}")
+        self.step = step
+        leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+        counts = [leaf for path, leaf in leaves if leaf_name(path)[-1:] in (("count",), ("gradient_step",))]
+        self.outside = {int(x) for x in counts if _is_whole(x) and np.shape(x) == ()}
+
+    def of(self, own: Any, like: Any, where: str) -> np.ndarray:
+        """The step of the RMSProp at ``where``, whose schedule or bias correction counts ``own`` (or ``None``)."""
+        if own is None and self.step is None and len(self.outside) != 1:
+            got = f"counts {sorted(self.outside)}" if self.outside else "counts no updates"
+            raise ValueError(
+                f"step must be given, since opt_state {got}: the number of updates so far, or 0 if nothing that you "
+                "build reads it (a schedule, bias_correction)"
+            )
+        if own is not None and self.step is not None and (own != self.step).any():
+            raise ValueError(f"step is {self.step}, but {where} counts {own}; leave step out, or give the same number")
+        if own is None:
+            own = np.asarray(next(iter(self.outside)) if self.step is None else self.step)
+        if own.shape not in ((), like.shape) or not 0 <= own.min() <= own.max() < largest_count(like.dtype):
+            raise ValueError(
+                f"{where} counts {shown(own.tolist())}, which is no number of updates of shape {like.shape}"
+            )
+        return np.broadcast_to(own, like.shape)
+
+
+# --- One RMSProp ---------------------------------------------------------------------------------------------
+
+_SLOT_OF = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"}
+_ARGUMENT_OF = {"nu": "rmsprop", "mu": "centered", "trace": "momentum"}
+_OTHERS = {"ScaleByAdamState", "ScaleByBeliefState"}  # have the fields of a centered, bias-corrected RMSProp
+
+
+class _Part(NamedTuple):
+    """What is in the state of an ``optax.rmsprop``.
+
+    Attributes:
+      trees: its ``nu``, ``mu`` and ``trace``, as far as it has them.
+      updates: what it counts, or ``None``.
+      is_corrected: whether its averages are to be bias-corrected.
+    """
+
+    trees: dict[str, Any]
+    updates: np.ndarray | None
+    is_corrected: bool
+
+
+def _part(node: Any, where: str) -> _Part:
+    """What is in ``node``, or in its children, if that is the state of an ``optax.rmsprop``."""
+    level = _level(node)[1]
+    nodes = [level] if "nu" in level else [_level(child)[1] for child in level.values()]
+    found = [field for fields in nodes for field in fields.items()]
+    if "nu" not in level:  # a leaf is no state
+        found += [(shown(child), child) for child in level.values() if jax.tree_util.all_leaves([child])]
+    kinds = {type(part).__name__ for part in [node, *level.values()] if hasattr(part, "_fields")}
+    trees = {name: tree for name, tree in found if name != "count"}
+    counts = [_count(value, f"{where}.count") for name, value in found if name == "count"]
+    if kinds & _OTHERS or "nu" not in trees or not set(trees) <= set(_SLOT_OF) or len(trees) + len(counts) < len(found):
+        raise ValueError(
+            f"{where} must be the state of optax.rmsprop, which has a nu, and may have a mu, a trace and a count, but "
+            f"it has {shown(sorted(kinds) or [name for name, _ in found])}; build the two optimizers alike, with "
+            "dialects.optax here"
+        )
+    if any(not np.array_equal(count, counts[0]) for count in counts):
+        raise ValueError(f"{where} counts {' and '.join(map(str, counts))} updates; give the state of one run")
+    is_corrected = any({"nu", "count"} <= set(fields) for fields in nodes)
+    trees = {name: trees[name] for name in _SLOT_OF if name in trees}
+    return _Part(trees, counts[0] if counts else None, is_corrected)
+
+
+def _read(ours: RMSPropState, theirs: Any, where: str, steps: _Steps, decay: float | None) -> RMSPropState:
+    """``ours`` with the numbers of the state of an ``optax.rmsprop``."""
+    part = _part(theirs, where)
+    _check_same_slots(ours, part, where)
+    step = steps.of(part.updates, ours.step, where)
+    weight = _weight(part, step, decay, where)
+    templates = {_SLOT_OF[name]: getattr(ours, _SLOT_OF[name]) for name in part.trees}
+    sources = {_SLOT_OF[name]: tree for name, tree in part.trees.items()}
+    _check_stacked(step, templates["square_avg"], where)
+    trees = _carried(templates, sources, where, lambda name, slots: _as_here(name, slots, weight))
+    return ours._replace(step=_counted(step, ours.step), **trees)
+
+
+def _written(theirs: Any, ours: RMSPropState, where: str, decay: float | None) -> Any:
+    """``theirs``, the state of an ``optax.rmsprop``, with the numbers of ``ours``."""
+    part = _part(theirs, "like")
+    _check_same_slots(ours, part, where)
+    step = _count(ours.step, f"{where}.step")
+    weight = _weight(part, step, decay, "like")
+    templates = {_SLOT_OF[name]: tree for name, tree in part.trees.items()}
+    sources = {slot: getattr(ours, slot) for slot in templates}
+    _check_stacked(step, templates["square_avg"], where)
+    trees = _carried(templates, sources, where, lambda name, slots: _as_in_optax(name, slots, weight))
+
+    def filled(node: Any) -> Any:
+        if not hasattr(node, "_fields"):
+            raise TypeError(f"like must be what init of an Optax optimizer returns, but has {shown(node)} for a state")
+        new = {name: trees[_SLOT_OF[name]] for name in part.trees if name in node._fields}
+        count = {"count": _counted(step, node.count)} if "count" in node._fields else {}
+        return node._replace(**new, **count)
+
+    return filled(theirs) if hasattr(theirs, "nu") else tuple(filled(node) for node in theirs)
+
+
+def _check_same_slots(ours: RMSPropState, part: _Part, where: str) -> None:
+    for name, slot in _SLOT_OF.items():
+        is_there, is_here = name in part.trees, getattr(ours, slot) is not None
+        if is_there != is_here:
+            raise ValueError(
+                f"{where} has {'a' if is_there else 'no'} {name} in Optax, but {'a' if is_here else 'no'} {slot} here; "
+                f"build both optimizers with {_ARGUMENT_OF[name]}, or neither"
+            )
+
+
+def _check_stacked(step: np.ndarray, square_avg: Any, where: str) -> None:
+    """Raises unless there is one step, or one for each state of a stack."""
+    if any(leaf.shape[: step.ndim] != step.shape for leaf in jax.tree.leaves(square_avg)):
+        raise ValueError(f"{where} counts steps of shape {step.shape}, which is not how its slots are stacked")
+
+
+def _weight(part: _Part, step: np.ndarray, decay: float | None, where: str) -> float:
+    """1, or 1 − decayᵗ if the averages are to be bias-corrected."""
+    if part.is_corrected and decay is None:
+        raise ValueError(f"decay must be given, since {where} is bias-corrected: the smoothing constant of the run")
+    if decay is None or not part.is_corrected:
+        return 1.0
+    if step.shape:
+        raise ValueError(f"{where} is a stack of bias-corrected states of shape {step.shape}; convert one at a time")
+    return -math.expm1(int(step) * math.log(decay)) if decay > 0 else float(step > 0)
+
+
+def _as_here(name: str, slots: dict[str, np.ndarray], weight: float) -> dict[str, np.ndarray]:
+    """The slots of one parameter as an :class:`RMSPropState` has them."""
+    square_avg, mean = slots["square_avg"], slots.get("grad_avg")
+    if weight == 0:  # step 0 of a bias-corrected run
+        if square_avg.any():
+            raise ValueError(f"nu of {name!r} must be 0 at step 0, since bias_correction here forgets initial_scale")
+        return slots
+    if mean is None:
+        return {**slots, "square_avg": scaled(square_avg, 1 / weight)}
+    return {**slots, "square_avg": variance(name, square_avg, mean, weight), "grad_avg": scaled(mean, 1 / weight)}
+
+
+def _as_in_optax(name: str, slots: dict[str, np.ndarray], weight: float) -> dict[str, np.ndarray]:
+    """The inverse of :func:`_as_here`."""
+    deviation, mean = slots["square_avg"], slots.get("grad_avg")
+    if mean is None:
+        return {**slots, "square_avg": scaled(deviation, weight)}
+    return {**slots, "square_avg": average_of_squares(name, deviation, mean, weight), "grad_avg": scaled(mean, weight)}
+
+
+def _carried(
+    templates: Mapping[str, Any],
+    sources: Mapping[str, Any],
+    where: str,
+    change: Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]],
+) -> dict[str, Any]:
+    """``templates``, a tree for each slot, with the arrays of ``sources`` after ``change`` of a parameter's slots."""
+    aligned = {slot: _walk(tree, sources[slot], f"{where}.{slot}", _slot) for slot, tree in templates.items()}
+    columns = {slot: jax.tree.leaves(tree) for slot, tree in aligned.items()}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(templates["square_avg"])]
+    changed = []
+    for path, *row in zip(paths, *columns.values(), strict=True):
+        name = f"{where}, {leaf_key(leaf_name(path))}"
+        slots = {slot: np.asarray(x) for slot, x in zip(columns, row, strict=True)}
+        check_slots(name, slots, None)
+        changed.append(change(name, slots))
+    result = {}
+    for slot, template in templates.items():
+        likes, structure = jax.tree.flatten(template)
+        new = [
+            _placed(slots[slot], like.dtype, source)
+            for slots, like, source in zip(changed, likes, columns[slot], strict=True)
+        ]
+        result[slot] = jax.tree.unflatten(structure, new)
+    return result
+
+
+def _placed(value: np.ndarray, dtype: np.dtype, source: Any) -> jax.Array:
+    """``value`` in ``dtype``, on the devices of ``source``."""
+    with np.errstate(over="ignore"):
+        array = value.astype(dtype)
+    if (np.isinf(array) & ~np.isinf(value)).any():
+        raise ValueError(f"like has {dtype} for a slot whose largest number is {np.abs(value).max():.4g}; widen it")
+    if isinstance(source, jax.Array) and source.committed:
+        placed: jax.Array = jax.device_put(array, source.sharding)
+        return placed
+    return jnp.array(array)
+
+
+def _counted(step: np.ndarray, like: Any) -> jax.Array:
+    """``step`` in the counter ``like``."""
+    return jnp.asarray(np.broadcast_to(step, like.shape), like.dtype)
+
+
+# --- Two states at once ----------------------------------------------------------------------------------------
+
+
+def _walk(
+    template: Any,
+    other: Any,
+    where: str,
+    leaf: Callable[[Any, Any, str], Any],
+    convert: Callable[[Any, Any, str], Any] = lambda template, other, where: None,
+) -> Any:
+    """``template`` with ``convert`` of the pairs for which it returns something, and ``leaf`` of all pairs of leaves.
+
+    Children belong together by their names, so that the other tree may be in other containers. A checkpoint that was
+    restored without a target has dicts for named tuples.
+    """
+    converted = convert(template, other, where)
+    if converted is not None:
+        return converted
+    if jax.tree_util.all_leaves([template]):
+        return leaf(template, other, where)
+    if jax.tree_util.all_leaves([other]):
+        raise ValueError(f"{where} is {shown(other)}, but in like it is a {type(template).__name__}; build both alike")
+    structure, children = _level(template)
+    children, others, spread = _grouped(template, children, _level(other)[1])
+    for name, child in {**others, **children}.items():
+        if (name not in others or name not in children) and jax.tree.leaves(child):
+            has, lacks = ("like", "the state") if name in children else ("the state", "like")
+            raise ValueError(
+                f"{has} has {shown(name)} at {where}, but {lacks} does not; build the two optimizers alike, with "
+                "dialects.optax here and optax.rmsprop there"
+            )
+    results = [_walk(child, others.get(name), f"{where}[{name}]", leaf, convert) for name, child in children.items()]
+    return jax.tree.unflatten(structure, spread(results))
+
+
+def _level(tree: Any) -> tuple[Any, dict[str, Any]]:
+    """The container of a tree, and its children by name."""
+    children, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    return structure, {leaf_name(path)[0]: child for path, child in children if path}
+
+
+def _grouped(
+    template: Any, children: dict[str, Any], others: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], Callable[[list[Any]], list[Any]]]:
+    """Two chains of different lengths, with the parts of an RMSProp that lie in one of them as one child.
+
+    ``optax.chain(clip, scale_by_rms(), trace(0.9), scale(-0.1))`` has them beside the clipping. The function that is
+    returned takes the group apart again.
+    """
+    difference = len(others) - len(children)
+    shorter, longer = (children, others) if difference > 0 else (others, children)
+    places = [place for place, child in enumerate(shorter.values()) if is_state(child)]
+    if type(template) is not tuple or not difference or len(places) != 1:
+        return children, others, lambda results: results
+    first, after = places[0], places[0] + abs(difference) + 1
+    items = [longer[name] for name in sorted(longer, key=lambda name: (len(name), name))]
+    group = [*items[:first], tuple(items[first:after]), *items[after:]]
+    grouped = {str(place): child for place, child in enumerate(group)}
+    if difference > 0:
+        return children, grouped, lambda results: results
+    return grouped, others, lambda results: [*results[:first], *results[first], *results[first + 1 :]]
+
+
+# --- Two leaves --------------------------------------------------------------------------------------------------
+
+
+def _same(like: Any, other: Any, where: str) -> Any:
+    """``other``, if it is like ``like``."""
+    if not is_array(like) or jnp.issubdtype(like.dtype, jax.dtypes.extended):
+        return other
+    array = _array(other, where)
+    if (array.shape, array.dtype) != (like.shape, like.dtype):
+        raise ValueError(
+            f"{where} is {array.dtype} {array.shape}, but in like it is {like.dtype} {like.shape}; build both alike, "
+            "or cast it"
+        )
+    is_injected = array.shape == () and not isinstance(like, jax.ShapeDtypeStruct)
+    if is_injected and np.isfinite(np.asarray(like)) and not np.isfinite(np.asarray(array)):
+        raise ValueError(f"{where} is {array}, but in like it is {like}; take a state from before the run diverged")
+    return jnp.asarray(array)
+
+
+def _slot(like: Any, other: Any, where: str) -> Any:
+    """``other``, if it is an array of the shape and the kind of ``like``."""
+    array = _array(other, where)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(f"{where} must be a floating or complex array, got {array.dtype}")
+    if array.shape != like.shape or (array.dtype.kind == "c") != (like.dtype.kind == "c"):
+        raise ValueError(
+            f"{where} is {array.dtype} {array.shape}, but in like it is {like.dtype} {like.shape}; both must be for "
+            "the same parameters"
+        )
+    return array
+
+
+def _count(value: Any, where: str) -> np.ndarray:
+    """A number of updates, or a stack of them."""
+    array = _array(value, where)
+    if not _is_whole(value):
+        raise TypeError(f"{where} must be an int32 scalar, got {array.dtype}")
+    count = np.asarray(array)
+    if not count.size or not 0 <= count.min() <= count.max() < largest_count(jnp.dtype(jnp.int32)):
+        raise ValueError(f"{where} is {shown(count.tolist())}, which is no number of updates")
+    return count
+
+
+def _is_whole(value: Any) -> bool:
+    is_array_of_integers = isinstance(value, np.ndarray | np.generic | jax.Array) and jnp.issubdtype(
+        value.dtype, jnp.integer
+    )
+    return (is_array_of_integers and not isinstance(value, np.ma.MaskedArray)) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    )
+
+
+def _array(value: Any, where: str) -> np.ndarray | jax.Array:
+    """An array of numbers of JAX or NumPy, or a number of Python."""
+    is_number = isinstance(value, bool | float | complex) or _is_whole(value)
+    if not (is_number or isinstance(value, np.ndarray | np.generic | jax.Array)):
+        raise TypeError(f"{where} must be an array, got {shown(value)}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{where} must be an array without a mask, which would be lost; give its filled(...)")
+    if isinstance(value, jax.Array):
+        return value
+    array = np.asarray(value)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{where} must be an array of numbers, got {array.dtype}")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if isinstance(value, np.ndarray | np.generic) else array.astype(jnp.result_type(value))
