@@ -48,7 +48,7 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 
 test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, including those against PyTorch
 	@echo "test: running pytest"
-	@$(BIN)/python -m pytest -m "not notebook" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not notebook and not script" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.torch $(VENV)/.extra-tests ## read files of other libraries that are changed at random; FUZZ=20000 is their number for each source
 	@echo "fuzz: $(FUZZ) changed files for each source"

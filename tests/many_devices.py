@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from compare import assert_close
 from rmsprop_jax import dialects, recipes, rmsprop
-from test_promises import TRANSFORMATIONS, ULPS, built, for_all, quick_jit, updates_of_all
+from test_promises import TRANSFORMATIONS, ULPS, built, for_all, updates_of_all
 
 # Sharded along its first axis, and along its last one.
 PARAMS = {"first": jnp.linspace(1, 2, 32).reshape(8, 4), "last": jnp.linspace(-2, -1, 8)[None]}
@@ -66,7 +66,7 @@ def check_shard_map(expected: Any) -> None:
         (SPECS, of_gradients),
         dict.fromkeys(TRANSFORMATIONS, SPECS),
     )
-    assert_is_one_device(quick_jit(many)(PARAMS, GRADIENTS), expected[0])
+    assert_is_one_device(jax.jit(many)(PARAMS, GRADIENTS), expected[0])
 
 
 def check_mesh(kind: str, expected: Any) -> None:
@@ -80,7 +80,7 @@ def check_mesh(kind: str, expected: Any) -> None:
         states = for_all(lambda tx: tx.init(params))
         for name, state in states.items():
             assert_placed_like_params(name, state, params)
-        updates, states = quick_jit(train_all)(params, gradients)
+        updates, states = jax.jit(train_all)(params, gradients)
         assert_is_one_device((updates, states), expected)
         for name in TRANSFORMATIONS:
             assert_placed_like_params(name, (updates[name], states[name]), params)
@@ -111,7 +111,7 @@ def check_compilations() -> None:
     assert state.step.sharding == NamedSharding(mesh, P())
     assert_placed_like_params("sharded", state, params)
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any) -> Any:
         updates, state = tx.update(params, state, params)
         return optax.apply_updates(params, updates), state
@@ -138,7 +138,7 @@ def check_state_that_enters_shard_map() -> None:
     of_state = tx.init(PARAMS)._replace(step=P(), square_avg=SPECS, grad_avg=SPECS, momentum_buffer=SPECS)
     many = shard_map(tx.update, make_mesh("Auto"), (SPECS, of_state, SPECS), (SPECS, of_state))
     state = tx.init(PARAMS)
-    assert_is_one_device(quick_jit(many)(grads, state, PARAMS), tx.update(grads, state, PARAMS))
+    assert_is_one_device(jax.jit(many)(grads, state, PARAMS), tx.update(grads, state, PARAMS))
 
 
 def check_caution() -> None:
@@ -151,18 +151,18 @@ def check_caution() -> None:
         lambda x: jax.device_put(x, NamedSharding(mesh, P(AXIS) if x.ndim else P())), (gradient, state)
     )
     expected = np.where(np.arange(16) < 11, -2.5 * 16 / 11, 0.0).astype(np.float32)
-    assert_is_one_device(quick_jit(tx.update)(*placed)[0], expected)
+    assert_is_one_device(jax.jit(tx.update)(*placed)[0], expected)
     of_state = state._replace(step=P(), square_avg=P(AXIS), momentum_buffer=P(AXIS))
     many = shard_map(tx.update, mesh, (P(AXIS), of_state), (P(AXIS), of_state))
     of_shards = expected * np.repeat(np.array([1, 1, 4 / 3, 1]) * 11 / 16, 4)
-    assert_is_one_device(quick_jit(many)(gradient, state)[0], of_shards.astype(np.float32))
+    assert_is_one_device(jax.jit(many)(gradient, state)[0], of_shards.astype(np.float32))
 
 
 def check_clipping(kind: str) -> None:
     """The norms of recipes are those of whole arrays, wherever their parts lie; 1e30 squared is infinite in float32."""
     mesh, chains = make_mesh(kind), {name: getattr(recipes, name)() for name in ("dreamer_v3", "a2c", "wgan_critic")}
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, grads: Any) -> Any:
         return {name: tx.update(grads, tx.init(params), params) for name, tx in chains.items()}
 
@@ -180,7 +180,7 @@ def check_clipping(kind: str) -> None:
 def main() -> None:
     """All checks, one after the other."""
     assert jax.device_count() == 4
-    expected = quick_jit(train_all)(PARAMS, GRADIENTS)
+    expected = jax.jit(train_all)(PARAMS, GRADIENTS)
     if hasattr(jax, "shard_map"):  # inside that of JAX 0.6.0, a state that init makes cannot be carried by a loop
         check_shard_map(expected)
     check_mesh("Auto", expected)

@@ -63,6 +63,7 @@ def test_all_peers_follow_the_same_rule(variant: str) -> None:
         np.testing.assert_allclose(params, param.detach().numpy(), rtol=1e-5)
 
 
+@pytest.mark.script
 @pytest.mark.usefixtures("torch_threads")
 @pytest.mark.parametrize("variant", peers.BOTH_ENDS)
 def test_a_step_is_measured_against_all_but_the_slow_peers(monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
@@ -73,6 +74,7 @@ def test_a_step_is_measured_against_all_but_the_slow_peers(monkeypatch: pytest.M
     assert row["seconds"].keys() - committed["seconds"].keys() == set()
 
 
+@pytest.mark.script
 @pytest.mark.parametrize("way", eager.WAYS)
 def test_every_way_to_call_an_update_runs_for_everybody(way: str) -> None:
     params = peers.arrays([(3,), (3, 4)], "float32", seed=0)
@@ -81,12 +83,14 @@ def test_every_way_to_call_an_update_runs_for_everybody(way: str) -> None:
             eager.WAYS[way](make, peers.VARIANTS[variant], params)()
 
 
+@pytest.mark.script
 def test_stages_before_the_first_step_are_all_timed() -> None:
     row = tracing.row("plain", count=10, rounds=1)
     assert {"trace", "lower", "trace and lower", "compile"} <= row["step"].keys()
     assert row["update"]["lines"]["ours"] < row["update"]["lines"]["optax"]
 
 
+@pytest.mark.script
 def test_training_steps_and_recorded_ones_run() -> None:
     pytest.importorskip("flax")
     pytest.importorskip("sklearn")

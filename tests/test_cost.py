@@ -4,6 +4,7 @@ How long it takes is measured by ``benchmarks``; traces and programs are counted
 those that XLA counts as read and written by its CPU compiler, which writes every output in a loop of its own.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -13,14 +14,17 @@ import numpy as np
 import optax
 import pytest
 
+from conftest import USERS
 from rmsprop_jax import rmsprop
 from rmsprop_jax.recorder import record_statistics
 
 SIZE = 1 << 20
 
 
-def compiled_step(arguments: dict[str, Any], dtype: Any) -> jax.stages.Compiled:
+@functools.cache
+def compiled_step(name: str) -> jax.stages.Compiled:
     """``update`` and ``apply_updates`` on one array, which overwrite parameter and state."""
+    arguments, dtype, *_ = COSTS[name]
     tx = rmsprop(**arguments)
     params = jnp.zeros(SIZE, dtype)
     state = tx.init(params)
@@ -29,7 +33,7 @@ def compiled_step(arguments: dict[str, Any], dtype: Any) -> jax.stages.Compiled:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile(USERS)
 
 
 def cost(compiled: jax.stages.Compiled) -> tuple[int, int]:
@@ -59,16 +63,15 @@ COSTS: dict[str, tuple[dict[str, Any], Any, int, int]] = {
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="loops and bytes of the CPU compiler")
 @pytest.mark.parametrize("name", COSTS)
 def test_step_reads_and_writes_no_more_than(name: str) -> None:
-    arguments, dtype, loops, size = COSTS[name]
-    counted = cost(compiled_step(arguments, dtype))
+    *_, loops, size = COSTS[name]
+    counted = cost(compiled_step(name))
     assert 0 < counted[0] <= loops
     assert size / 2 < counted[1] <= size  # half of it could not even visit every array once
 
 
 @pytest.mark.parametrize("name", COSTS)
 def test_step_allocates_nothing(name: str) -> None:
-    arguments, dtype, *_ = COSTS[name]
-    assert compiled_step(arguments, dtype).memory_analysis().temp_size_in_bytes < 1024
+    assert compiled_step(name).memory_analysis().temp_size_in_bytes < 1024
 
 
 def lowered_update(count: int) -> str:
@@ -120,7 +123,7 @@ def loops_of_recording(shapes: list[tuple[int, ...]]) -> tuple[int, int]:
     programs = [
         jax.jit(tx.update).lower(params, tx.init(params), params) for tx in (rmsprop(), record_statistics(rmsprop()))
     ]
-    texts = [program.compile().as_text() for program in programs]
+    texts = [program.compile(USERS).as_text() for program in programs]
     fusions, whiles = ([len(re.findall(rf" {kind}\(", text)) for text in texts] for kind in ("fusion", "while"))
     return fusions[1] - fusions[0], whiles[1] - whiles[0]
 

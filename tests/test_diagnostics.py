@@ -18,7 +18,7 @@ from rmsprop_jax import RMSPropState, diagnostics, dialects, figures, rmsprop, s
 from rmsprop_jax.diagnostics import denominator, effective_learning_rate, statistics
 from rmsprop_jax.recorder import record_statistics
 from rmsprop_jax.summary import summarize
-from test_promises import devices, in_fresh_process, quick_jit
+from test_promises import devices, in_fresh_process
 from training import SMALL, TOLERANCE, Update, after, assert_rates, small, tree
 
 NEEDS_NO_STATE = {"grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite"}
@@ -28,11 +28,11 @@ ALL = NEEDS_NO_STATE | {"lr_5", "lr_50", "lr_95", "eps_share", "surprise", "neve
 
 @functools.cache
 def program(tx: Any) -> Callable[..., dict[str, jax.Array]]:
-    return quick_jit(functools.partial(statistics, tx))
+    return jax.jit(functools.partial(statistics, tx))
 
 
 def measured(tx: Any, *trees: Any) -> dict[str, jax.Array]:
-    """:func:`statistics`, compiled in a third of the time: for trees that no other test has."""
+    """:func:`statistics`, compiled as one program."""
     return program(tx)(*trees)
 
 
@@ -124,7 +124,7 @@ def statistics_by_size() -> dict[int, tuple[dict[str, jax.Array], np.ndarray]]:
     def state(v: Any) -> RMSPropState:
         return RMSPropState(jnp.ones((), jnp.int32), jnp.asarray(v), None, None)
 
-    @quick_jit
+    @jax.jit
     def measure(averages: Any, lr: jax.Array, eps: jax.Array) -> Any:  # constants could be rounded in another way
         return {size: statistics(rmsprop(lr, eps=eps), v, v, state(v), v) for size, v in averages.items()}
 
@@ -584,9 +584,13 @@ def test_state_without_a_count_needs_constant_numbers() -> None:
 
 
 def all_functions(
-    params: Any, momentum: float = 0.9, centered: bool = True, jit: Callable[..., Any] = quick_jit
+    params: Any,
+    momentum: float = 0.9,
+    centered: bool = True,
+    jit: Callable[..., Any] = jax.jit,
+    run_without_gradients: bool = True,
 ) -> Any:
-    """Everything once: a first update without gradients, then one with them."""
+    """Everything once: a first update without gradients, which may be traced only, then some with them."""
     tx = record_statistics(rmsprop(1e-3, momentum=momentum, centered=centered), every=1)
 
     @jit
@@ -596,8 +600,10 @@ def all_functions(
         denominator(tx, state, params), effective_learning_rate(tx, state, params)
         return updates, state, found
 
-    state = tx.init(params)
-    for grads in (jax.tree.map(lambda _: None, params), jax.tree.map(jnp.zeros_like, params), params):
+    state, none = tx.init(params), jax.tree.map(lambda _: None, params)
+    if not run_without_gradients:
+        jax.eval_shape(update, none, state)
+    for grads in ([none] if run_without_gradients else []) + [jax.tree.map(jnp.zeros_like, params), params]:
         updates, state, found = update(grads, state)
         summarize(tx, grads, updates, state, params)
         assert_close(dict(state.statistics), found, rtol=TOLERANCE)
@@ -620,7 +626,7 @@ def test_nothing_is_computed_only_to_be_thrown_away_as_not_a_number() -> None:
 def test_every_dtype_works_under_strict_promotion(dtype: str) -> None:
     params = {"w": jnp.ones((2, 2), jnp.float32).astype(dtype), "b": jnp.ones(2)}
     with jax.numpy_dtype_promotion("strict"):
-        found = all_functions(params, momentum=0.0, centered=False)
+        found = all_functions(params, momentum=0.0, centered=False, run_without_gradients=False)
     half = 0.5 if dtype == "complex64" else 1.0
     np.testing.assert_allclose(found["w/param_rms"], np.sqrt(half), rtol=1e-6)
 
@@ -691,6 +697,7 @@ def test_other_numbers_find_the_compiled_program() -> None:
     assert figures.by_key._cache_size() <= before + 1  # a Python number is weakly typed
 
 
+@pytest.mark.script
 def test_explicit_mesh_with_arrays_sharded_along_the_last_axis() -> None:
     if not hasattr(jax.sharding, "AxisType"):
         pytest.skip("this JAX has no explicit axes")

@@ -156,6 +156,7 @@ def test_one_update_prints_the_loss_that_the_formulas_give(run_here: Callable[..
 # --- train_digits.py: a run that nobody interrupts -------------------------------------------------------
 
 
+@pytest.mark.script
 def test_run_reports_every_epoch_and_ends_with_the_test_accuracy(finished: tuple) -> None:
     output, process = finished
     assert process.returncode == 0, process.stderr
@@ -169,12 +170,14 @@ def test_run_reports_every_epoch_and_ends_with_the_test_accuracy(finished: tuple
     assert float(matches[-1][3]) > 95
 
 
+@pytest.mark.script
 def test_run_is_silent_where_there_is_no_terminal(finished: tuple) -> None:
     _, process = finished
     assert process.stderr == ""
     assert "warning" not in process.stdout.lower()
 
 
+@pytest.mark.script
 def test_run_writes_a_picture_and_a_checkpoint_of_every_epoch(finished: tuple) -> None:
     output, _ = finished
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -183,6 +186,7 @@ def test_run_writes_a_picture_and_a_checkpoint_of_every_epoch(finished: tuple) -
     assert temporary_checkpoints(output) == []
 
 
+@pytest.mark.script
 def test_checkpoint_holds_model_optimizer_history_and_settings(finished: tuple) -> None:
     output, _ = finished
     saved = arrays(output)
@@ -196,6 +200,7 @@ def test_checkpoint_holds_model_optimizer_history_and_settings(finished: tuple) 
     assert options == {**SETTINGS, "--centered": "True"}
 
 
+@pytest.mark.script
 def test_finished_run_prints_its_result_again_and_trains_no_more(
     finished: tuple, run_here: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -212,6 +217,7 @@ def test_finished_run_prints_its_result_again_and_trains_no_more(
     assert (again / "curves.png").read_bytes() == (output / "curves.png").read_bytes()
 
 
+@pytest.mark.script
 def test_default_settings_reach_98_percent(
     run_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -282,6 +288,7 @@ def kill_at(moment: Moment, environment: dict[str, str], output: Path) -> None:
         assert process.wait() == -signal.SIGKILL, f"it ended by itself, having shown {bar()}"
 
 
+@pytest.mark.script
 @pytest.mark.parametrize(
     ("moment", "done"),
     [(before_the_first_checkpoint, [0]), (in_the_middle_of_an_epoch, [1, 2]), (while_a_checkpoint_is_written, [1])],
@@ -364,12 +371,14 @@ def test_wrong_value_is_refused_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.script
 def test_error_reaches_the_shell(environment: dict[str, str], tmp_path: Path) -> None:
     process = run(environment, "train_digits.py", "--output", tmp_path / "new", "--alpha", "99")
     assert (process.returncode, process.stdout) == (2, "")
     assert re.fullmatch(r"usage: .*\ntrain_digits.py: error: argument --alpha: .*\n", process.stderr)
 
 
+@pytest.mark.script
 @pytest.mark.parametrize(
     ("option", "value", "original", "given"),
     [
@@ -396,6 +405,7 @@ def test_run_is_not_resumed_with_another_setting(
     assert contents(output) == before
 
 
+@pytest.mark.script
 def test_run_is_not_started_over_an_older_one(refuse: Callable[..., str], finished: tuple) -> None:
     output, _ = finished
     before = contents(output)

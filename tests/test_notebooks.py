@@ -15,6 +15,8 @@ for _package in ("nbclient", "ipykernel", "flax", "gymnax", "torch"):
 
 import nbformat  # noqa: E402
 
+from conftest import users_flags  # noqa: E402
+
 sys.path.append(str(Path(__file__).parents[1] / "notebooks"))
 import execute  # noqa: E402
 
@@ -63,7 +65,8 @@ def test_the_notebooks_are_there() -> None:
 
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_puts_out_the_numbers_it_is_committed_with(path: Path) -> None:
+def test_notebook_puts_out_the_numbers_it_is_committed_with(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", users_flags())
     before, now = committed(path), execute.execute(path)
     assert not warnings_in(now)
     assert execute.pictures(now).keys() == execute.pictures(before).keys()

@@ -57,6 +57,14 @@ GRID = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def users_program(request: pytest.FixtureRequest) -> None:
+    """Rounding is that of the program which users run. In float64 only the meaning is compared, of any program."""
+    case = getattr(request.node, "callspec", None)
+    if case is None or case.params.get("precision") != "float64":
+        request.getfixturevalue("optimized")
+
+
 # --- One problem, two runs, one comparison ---------------------------------------------------------------
 
 
@@ -269,8 +277,7 @@ def test_the_configurations_torch_tests_itself_with_follow_torch(options: dict, 
     assert_parity(params, gradients, **options)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize(("seed", "precision"), [(seed, PRECISIONS[seed % 2]) for seed in range(200)])
 def test_random_configurations_follow_torch(seed: int, precision: str) -> None:
     rng = np.random.default_rng(seed)
 

@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "port_from_torch.py"
 
 
+@pytest.mark.script
 def test_ported_run_has_the_losses_of_the_run_that_stayed(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     command = [sys.executable, str(EXAMPLE), "--output", str(tmp_path / "new")]

@@ -92,6 +92,7 @@ def test_that_fails():
 """
 
 
+@pytest.mark.script
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors are assigned on Linux only")
 def test_a_job_runs_its_tests_under_its_setting(tmp_path: pathlib.Path) -> None:
     (tmp_path / "test_probe.py").write_text(PROBE)

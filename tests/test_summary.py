@@ -14,7 +14,6 @@ import pytest
 from rmsprop_jax import rmsprop
 from rmsprop_jax.diagnostics import statistics
 from rmsprop_jax.summary import Summary, summarize
-from test_promises import quick_jit
 
 # --- Staged failures -------------------------------------------------------------------------------------
 
@@ -37,25 +36,25 @@ def train(loss: Callable[..., Any], params: Any, batches: list[Any], at: set[int
     """Trains with ``rmsprop(**setting)``; the summaries of the updates ``at``, and the loss before each update."""
     tx, summaries, losses = rmsprop(**setting), {}, []
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads = jax.value_and_grad(loss)(params, *batch)
         updates, state = tx.update(grads, state, params)
-        return value, grads, updates, state
+        return value, grads, updates, state, optax.apply_updates(params, updates)
 
     state = tx.init(params)
     for i, batch in enumerate(batches):
-        value, grads, updates, state = step(params, state, batch)
+        value, grads, updates, state, moved = step(params, state, batch)
         losses.append(float(value))
         if i in at:
             summaries[i] = summarize(tx, grads, updates, state, params)
-        params = optax.apply_updates(params, updates)
+        params = moved
     return summaries, losses
 
 
 def digits(steps: int, batch_size: int | None = 64) -> list[Any]:
     data = pytest.importorskip("sklearn.datasets").load_digits()
-    images, labels = jnp.asarray(data.data / 16, jnp.float32), jnp.asarray(data.target)
+    images, labels = np.asarray(data.data / 16, np.float32), np.asarray(data.target, np.int32)
     if batch_size is None:
         return [(images, labels)] * steps
     rng = np.random.default_rng(0)
