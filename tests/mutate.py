@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
+
+torch = pytest.importorskip("torch")
 
 Path = tuple[Any, ...]
 

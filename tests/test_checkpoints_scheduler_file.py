@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from rmsprop_jax.checkpoints.scheduler_file import File, item_of, number_of, whole_of
 
 FILE = File("the file", {"gamma": 0.5, "mode": "up", "rates": [1, 0.5], "parts": [{"gamma": 2}]}, [{}, {}], None, None)
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize("value", [3, 3.0, np.float32(3), np.int8(3), np.array(3), np.array([3.0]), torch.tensor(3)])

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from compare import assert_close, assert_same
 from rmsprop_jax import dialects, rmsprop
 from rmsprop_jax.checkpoints import from_torch, to_torch
 from rmsprop_jax.recorder import record_statistics
 from rmsprop_jax.state import find_states
+
+torch = pytest.importorskip("torch")
+of_distributed = pytest.importorskip("torch.distributed.checkpoint.state_dict")
 
 HYPERPARAMETERS = dict(lr=0.02, alpha=0.9, eps=1e-3, weight_decay=0.01, momentum=0.8)
 NAMES = ["first.weight", "first.bias", "second.weight", "second.bias"]
@@ -101,12 +102,12 @@ def by_index(run: Run) -> dict[str, Any]:
 
 
 def by_name(run: Run) -> dict[str, Any]:
-    return get_optimizer_state_dict(run.model, run.optimizer)
+    return of_distributed.get_optimizer_state_dict(run.model, run.optimizer)
 
 
 def flattened(run: Run) -> dict[str, Any]:
-    return get_optimizer_state_dict(
-        run.model, run.optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+    return of_distributed.get_optimizer_state_dict(
+        run.model, run.optimizer, options=of_distributed.StateDictOptions(flatten_optimizer_state_dict=True)
     )
 
 

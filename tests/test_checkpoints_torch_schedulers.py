@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.optim import lr_scheduler
 
 from compare import assert_close
 from rmsprop_jax.checkpoints.torch_schedulers import schedules_of
+
+torch = pytest.importorskip("torch")
+lr_scheduler = torch.optim.lr_scheduler
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "pytorch.md"
 RATES = (0.1, 0.03)  # of the two groups

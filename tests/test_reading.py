@@ -19,10 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from hypothesis import strategies
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.optim import lr_scheduler
 
 from mutate import Change, changed, copy_of
 from rmsprop_jax import dialects, rmsprop
@@ -35,6 +32,10 @@ from rmsprop_jax.checkpoints import (
     to_optax,
     to_torch,
 )
+
+torch = pytest.importorskip("torch")
+of_distributed = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+lr_scheduler = torch.optim.lr_scheduler
 
 EXAMPLES = int(os.environ.get("FUZZ", "60"))
 
@@ -114,9 +115,9 @@ def torch_files() -> dict[str, Any]:
         for seed in (5, 6):
             torch_step(model, optimizer, numbers(seed))
         files[name] = copy.deepcopy(optimizer.state_dict())
-    files["by name"] = get_optimizer_state_dict(model, optimizer)
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    files["flattened"] = get_optimizer_state_dict(model, optimizer, options=flat)
+    files["by name"] = of_distributed.get_optimizer_state_dict(model, optimizer)
+    flat = of_distributed.StateDictOptions(flatten_optimizer_state_dict=True)
+    files["flattened"] = of_distributed.get_optimizer_state_dict(model, optimizer, options=flat)
     return files
 
 
