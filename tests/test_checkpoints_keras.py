@@ -388,7 +388,7 @@ REFUSED_VARIABLES: dict[str, tuple[type[Exception], Callable[[dict[str, Any]], A
     "missing": (ValueError, without(f"{KERNEL}_momentum"), f"no 'rmsprop/{KERNEL}_momentum'"),
     "additional": (ValueError, lambda v: v | {"rmsprop/x": np.zeros(1)}, "'rmsprop/x', which should not be there"),
     "no array": (TypeError, change(f"{KERNEL}_velocity", lambda x: x.tolist()), f"{KERNEL}_velocity' must be an array"),
-    "a mask": (TypeError, change(f"{KERNEL}_velocity", np.ma.MaskedArray), "must be an array, got MaskedArray"),
+    "a mask": (TypeError, change(f"{KERNEL}_velocity", np.ma.MaskedArray), "must be an array without a mask"),
     "integers": (TypeError, change(f"{KERNEL}_velocity", lambda x: x.astype(int)), "must be a floating"),
     "complex": (
         TypeError,

@@ -281,16 +281,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "step must be given, since opt_state counts [3, 4]",
     ),
     "another step": (lambda: from_optax(STATE, LIKE, step=7), ValueError, "step is 7, but opt_state counts 0"),
-    "a step that is no number": (lambda: from_optax(STATE, LIKE, step=True), TypeError, "step must be the number of"),
+    "a step that is no number": (
+        lambda: from_optax(STATE, LIKE, step=True),
+        TypeError,
+        "step must be an integer, got True",
+    ),
     "a negative count": (
         lambda: from_optax(replaced(STATE, count=jnp.asarray(-1)), LIKE),
         ValueError,
-        "opt_state.count is -1, which is no number of updates",
+        "opt_state.count must be a number of updates from 0 to 2³¹ − 2, got -1",
     ),
     "a count that is a float": (
         lambda: from_optax(replaced(STATE, count=jnp.asarray(1.0)), LIKE),
         TypeError,
-        "opt_state.count must be an int32 scalar, got float32",
+        "opt_state.count must be an integer scalar, got float32 ()",
     ),
     "no decay": (
         lambda: from_optax(CORRECTED, dialects.optax(0.1, bias_correction=True).init(PLAIN)),

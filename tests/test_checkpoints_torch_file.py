@@ -500,7 +500,7 @@ REFUSED: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
         ValueError,
         "if it does not change the update, drop it: group.pop('lr_mult')",
     ),
-    "a step that is none": (edited(same, step=-1), TypeError, "step must be the number of updates of the run"),
+    "a step that is none": (edited(same, step=-1), ValueError, "step must be a number of updates from 0 to"),
     "two rates for one group": (
         edited(same, momentum=[0.1, 0.2]),
         ValueError,

@@ -72,7 +72,9 @@ ROOMS: dict[str, Room] = {
         {"state", "arguments", "dialects", "checkpoints.slots", "checkpoints.named", "checkpoints.variables"}
         | {"checkpoints.keras_config", "checkpoints.keras_pieces", "checkpoints.keras_schedules"},
     ),
-    "checkpoints.tensorflow": Room(6, {"arguments", "dialects", "checkpoints.named", "checkpoints.variables"}),
+    "checkpoints.tensorflow": Room(
+        6, {"arguments", "dialects", "checkpoints.slots", "checkpoints.named", "checkpoints.variables"}
+    ),
     "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
     "checkpoints": Room(
         7,

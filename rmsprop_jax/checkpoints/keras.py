@@ -33,8 +33,8 @@ from rmsprop_jax.checkpoints.keras_pieces import (
 )
 from rmsprop_jax.checkpoints.keras_schedules import schedule_of
 from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, slots_by_name
-from rmsprop_jax.checkpoints.slots import Parameter
-from rmsprop_jax.checkpoints.variables import array_of, count_of, exported, parameter_of, real_array_of
+from rmsprop_jax.checkpoints.slots import Parameter, count_of
+from rmsprop_jax.checkpoints.variables import array_of_variable, exported, parameter_of, real_array_of
 from rmsprop_jax.dialects import keras
 from rmsprop_jax.state import RMSPropState, is_absent, leaf_key, leaf_name
 
@@ -160,7 +160,7 @@ def _learning_rate(settings: Config, found: Found, given: Any) -> Any:
         # An update reads the schedule at the last of its gradients.
         return schedule if every == 1 else lambda step: schedule(step * every + (every - 1))
     where, value = found["learning_rate", ""]
-    array = array_of(where, value)
+    array = array_of_variable(where, value)
     if array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{where} must be a floating scalar, got {array.dtype} {array.shape}")
     if given is not None:

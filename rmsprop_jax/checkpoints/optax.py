@@ -16,7 +16,14 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import check_smoothing, known, shown
-from rmsprop_jax.checkpoints.slots import average_of_squares, check_slots, largest_count, scaled, variance
+from rmsprop_jax.checkpoints.slots import (
+    array_of,
+    average_of_squares,
+    check_slots,
+    count_of,
+    scaled,
+    variance,
+)
 from rmsprop_jax.state import (
     RMSPropState,
     check_containers,
@@ -167,12 +174,12 @@ class _Steps:
     """The number of updates: what the RMSProp counts itself, or the caller says, or all else counts."""
 
     def __init__(self, opt_state: optax.OptState, step: int | None) -> None:
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0):
-            raise TypeError(f"step must be the number of updates so far, an int ≥ 0, got {shown(step)}")
-        self.step = step
+        self.step = None if step is None else count_of("step", step)
         leaves = jax.tree_util.tree_leaves_with_path(opt_state)
         counts = [leaf for path, leaf in leaves if leaf_name(path)[-1:] in (("count",), ("gradient_step",))]
-        self.outside = {int(x) for x in counts if _is_whole(x) and np.shape(x) == ()}
+        self.outside = {
+            int(x) for x in counts if getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer)
+        }
 
     def of(self, own: Any, like: Any, where: str) -> np.ndarray:
         """The step of the RMSProp at ``where``, whose schedule or bias correction counts ``own`` (or ``None``)."""
@@ -186,10 +193,8 @@ class _Steps:
             raise ValueError(f"step is {self.step}, but {where} counts {own}; leave step out, or give the same number")
         if own is None:
             own = np.asarray(next(iter(self.outside)) if self.step is None else self.step)
-        if own.shape not in ((), like.shape) or not 0 <= own.min() <= own.max() < largest_count(like.dtype):
-            raise ValueError(
-                f"{where} counts {shown(own.tolist())}, which is no number of updates of shape {like.shape}"
-            )
+        if own.shape not in ((), like.shape):  # one count may belong to a stack
+            raise ValueError(f"{where} counts {shown(own.tolist())}, but in like it counts one of shape {like.shape}")
         return np.broadcast_to(own, like.shape)
 
 
@@ -223,7 +228,7 @@ def _part(node: Any, where: str) -> _Part:
         found += [(shown(child), child) for child in level.values() if jax.tree_util.all_leaves([child])]
     kinds = {type(part).__name__ for part in [node, *level.values()] if hasattr(part, "_fields")}
     trees = {name: tree for name, tree in found if name != "count"}
-    counts = [_count(value, f"{where}.count") for name, value in found if name == "count"]
+    counts = [_counts(value, f"{where}.count") for name, value in found if name == "count"]
     if kinds & _OTHERS or "nu" not in trees or not set(trees) <= set(_SLOT_OF) or len(trees) + len(counts) < len(found):
         raise ValueError(
             f"{where} must be the state of optax.rmsprop, which has a nu, and may have a mu, a trace and a count, but "
@@ -254,7 +259,7 @@ def _written(theirs: Any, ours: RMSPropState, where: str, decay: float | None) -
     """``theirs``, the state of an ``optax.rmsprop``, with the numbers of ``ours``."""
     part = _part(theirs, "like")
     _check_same_slots(ours, part, where)
-    step = _count(ours.step, f"{where}.step")
+    step = _counts(ours.step, f"{where}.step")
     weight = _weight(part, step, decay, "like")
     templates = {_SLOT_OF[name]: tree for name, tree in part.trees.items()}
     sources = {slot: getattr(ours, slot) for slot in templates}
@@ -457,37 +462,19 @@ def _slot(like: Any, other: Any, where: str) -> Any:
     return array
 
 
-def _count(value: Any, where: str) -> np.ndarray:
+def _counts(value: Any, where: str) -> np.ndarray:
     """A number of updates, or a stack of them."""
-    array = _array(value, where)
-    if not _is_whole(value):
-        raise TypeError(f"{where} must be an int32 scalar, got {array.dtype}")
-    count = np.asarray(array)
-    if not count.size or not 0 <= count.min() <= count.max() < largest_count(jnp.dtype(jnp.int32)):
-        raise ValueError(f"{where} is {shown(count.tolist())}, which is no number of updates")
-    return count
-
-
-def _is_whole(value: Any) -> bool:
-    is_array_of_integers = isinstance(value, np.ndarray | np.generic | jax.Array) and jnp.issubdtype(
-        value.dtype, jnp.integer
-    )
-    return (is_array_of_integers and not isinstance(value, np.ma.MaskedArray)) or (
-        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-    )
+    array = np.asarray(value, object) if type(value) is int else array_of(where, value)
+    counts = [count_of(where, number) for number in array.reshape(-1)]
+    if not counts:
+        raise ValueError(f"{where} must be a number of updates, got shape {array.shape}")
+    return np.array(counts, np.int32).reshape(array.shape)
 
 
 def _array(value: Any, where: str) -> np.ndarray | jax.Array:
-    """An array of numbers of JAX or NumPy, or a number of Python."""
-    is_number = isinstance(value, bool | float | complex) or _is_whole(value)
-    if not (is_number or isinstance(value, np.ndarray | np.generic | jax.Array)):
-        raise TypeError(f"{where} must be an array, got {shown(value)}")
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{where} must be an array without a mask, which would be lost; give its filled(...)")
+    """An array of JAX as it is; one of NumPy, or a number of Python, as an array of NumPy."""
     if isinstance(value, jax.Array):
         return value
-    array = np.asarray(value)
-    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise TypeError(f"{where} must be an array of numbers, got {array.dtype}")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return array if isinstance(value, np.ndarray | np.generic) else array.astype(jnp.result_type(value))
+    if isinstance(value, bool | float | complex) or (type(value) is int and abs(value) < 2**31):
+        value = np.asarray(value, jnp.result_type(value))
+    return array_of(where, value)

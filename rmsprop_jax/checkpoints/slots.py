@@ -18,9 +18,11 @@ from rmsprop_jax.state import RMSPropState
 __all__ = [
     "SLOTS",
     "Parameter",
+    "array_of",
     "average_of_squares",
     "check_slot",
     "check_slots",
+    "count_of",
     "dtype_of",
     "largest_count",
     "scaled",
@@ -91,6 +93,43 @@ def dtype_of(array: Any) -> np.dtype:
 
 
 # --- May a state hold these numbers? -----------------------------------------------------------------------
+
+
+def array_of(where: str, value: Any) -> np.ndarray:
+    """An array of JAX or NumPy as one of NumPy, in this machine's byte order.
+
+    Args:
+      where: what the message calls the value.
+      value: anything.
+
+    Raises:
+      TypeError: if it is no array, has a mask, or holds anything but numbers.
+    """
+    if not isinstance(value, np.ndarray | np.generic | jax.Array):
+        raise TypeError(f"{where} must be an array, got {type(value).__name__}: {shown(value)}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{where} must be an array without a mask, which would be lost; give its filled(...)")
+    if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
+        raise TypeError(f"{where} must be an array of numbers, got {value.dtype}")
+    array = np.asarray(value)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def count_of(where: str, value: Any) -> int:
+    """A number of updates: an integer from 0 to 2³¹ − 2, what an int32 can hold and still count.
+
+    Raises:
+      TypeError: if it is anything but an integer, or a scalar array of one.
+      ValueError: if it is out of range.
+    """
+    if isinstance(value, bool | float | complex):
+        raise TypeError(f"{where} must be an integer, got {shown(value)}")
+    number = np.asarray(value, object) if type(value) is int else array_of(where, value)
+    if number.dtype.kind not in "iuO" or number.shape:
+        raise TypeError(f"{where} must be an integer scalar, got {number.dtype} {number.shape}")
+    if not 0 <= number < largest_count(np.dtype(np.int32)):
+        raise ValueError(f"{where} must be a number of updates from 0 to 2³¹ − 2, got {number}")
+    return int(number)
 
 
 def check_slot(where: str, slot: str, value: Any) -> None:

@@ -16,7 +16,8 @@ import optax
 
 from rmsprop_jax.arguments import check_flag, shown
 from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, slots_by_name
-from rmsprop_jax.checkpoints.variables import count_of, exported, parameter_of
+from rmsprop_jax.checkpoints.slots import count_of
+from rmsprop_jax.checkpoints.variables import exported, parameter_of
 from rmsprop_jax.dialects import tensorflow
 
 __all__ = ["from_tensorflow", "to_tensorflow"]

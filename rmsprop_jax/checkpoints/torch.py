@@ -17,8 +17,16 @@ import optax
 
 from rmsprop_jax.arguments import check_eps, check_number, check_smoothing, shown
 from rmsprop_jax.checkpoints.named import build_optimizer, check_functions, checked_names, common_step, slots_by_name
-from rmsprop_jax.checkpoints.slots import SLOTS, Parameter, average_of_squares, check_slots, shape_and_dtype, variance
-from rmsprop_jax.checkpoints.torch_file import File, array_of, keys_of, python_of, read_file, step_of_entry
+from rmsprop_jax.checkpoints.slots import (
+    SLOTS,
+    Parameter,
+    average_of_squares,
+    check_slots,
+    count_of,
+    shape_and_dtype,
+    variance,
+)
+from rmsprop_jax.checkpoints.torch_file import File, array_of_tensor, keys_of, python_of, read_file, step_of_entry
 from rmsprop_jax.checkpoints.torch_schedulers import schedules_of
 from rmsprop_jax.transform import rmsprop
 
@@ -148,7 +156,7 @@ def from_torch(
     check_functions(to_params=to_params, transformation=transformation)
     file = read_file("optimizer_state_dict", optimizer_state_dict)
     keys = keys_of(file, checked_names(names, _EXAMPLE_OF_NAMES))
-    step = _checked_step(step)
+    step = None if step is None else count_of("step", step)
     given = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
     numbers = _numbers_by_group(file, given)
     grown = _grown(file, keys, params, missing)
@@ -172,12 +180,6 @@ def from_torch(
     if grown:
         warnings.warn(f"these parameters are not in the file and start anew: {', '.join(grown)}", stacklevel=2)
     return build_optimizer(parameters, to_params, transformations, step)
-
-
-def _checked_step(step: Any) -> int | None:
-    if step is not None and (isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0):
-        raise TypeError(f"step must be the number of updates of the run, an int ≥ 0, got {shown(step)}")
-    return None if step is None else int(step)
 
 
 # --- A model that grew -----------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def _parameter(
         if slot not in entry:
             cause = f", but its group {index} has {_SETTING_OF[slot]}" if slot in _SETTING_OF else ""
             raise ValueError(f"the state of {name!r} has no {slot!r}{cause}; give the state dict of one RMSprop")
-    slots = {slot: array_of(f"{slot!r} of {name!r}", entry[slot]) for slot in kept}
+    slots = {slot: array_of_tensor(f"{slot!r} of {name!r}", entry[slot]) for slot in kept}
     check_slots(name, slots, expected)
     shape, dtype = slots["square_avg"].shape, slots["square_avg"].dtype
     if "grad_avg" in slots:
@@ -457,7 +459,7 @@ def _slots_like(
                 f"{'has' if slot in kept else 'does not have'} {_SETTING_OF[slot]}; give like the settings of the run"
             )
     if "square_avg" in entry:
-        expected = array_of(f"'square_avg' of {name!r} in like", entry["square_avg"])
+        expected = array_of_tensor(f"'square_avg' of {name!r} in like", entry["square_avg"])
         if expected.shape != square_avg.shape:
             raise ValueError(
                 f"from_params gives {name!r} the shape {square_avg.shape}, in like it has {expected.shape}; undo in "

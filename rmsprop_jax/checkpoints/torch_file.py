@@ -13,14 +13,12 @@ there); ``torch/distributed/checkpoint/state_dict.py``; ``bitsandbytes/optim/opt
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rmsprop_jax.arguments import shown
-from rmsprop_jax.checkpoints.slots import dtype_of, largest_count
+from rmsprop_jax.checkpoints.slots import array_of, dtype_of, largest_count
 
-__all__ = ["File", "array_of", "keys_of", "python_of", "read_file", "step_of_entry"]
+__all__ = ["File", "array_of_tensor", "keys_of", "python_of", "read_file", "step_of_entry"]
 
 
 class File(NamedTuple):
@@ -313,13 +311,13 @@ def python_of(what: str, value: Any) -> Any:
     """A Python value as it is; a tensor or array of one number as that number."""
     if not hasattr(value, "dtype"):
         return value
-    array = array_of(what, value)
+    array = array_of_tensor(what, value)
     if array.size != 1:
         raise ValueError(f"{what} must be one number, got shape {array.shape}")
     return array.item()
 
 
-def array_of(what: str, value: Any) -> np.ndarray:
+def array_of_tensor(what: str, value: Any) -> np.ndarray:
     """An array, or a tensor of any floating or complex dtype on any device, as a NumPy array.
 
     Raises:
@@ -339,11 +337,4 @@ def array_of(what: str, value: Any) -> np.ndarray:
             value = tensor.resolve_conj().resolve_neg().numpy()
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
             raise TypeError(f"{what} must be a tensor whose numbers NumPy can hold, got {shown(tensor)}") from None
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{what} must be an array without a mask, which would be lost; give value.filled(...)")
-    if not isinstance(value, np.ndarray | np.generic | jax.Array):
-        raise TypeError(f"{what} must be a tensor or an array, got {type(value).__name__}")
-    if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
-        raise TypeError(f"{what} must be an array of numbers, got {value.dtype}")
-    array = np.asarray(value)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array_of(what, value)

@@ -14,15 +14,15 @@ from rmsprop_jax.arguments import shown
 from rmsprop_jax.checkpoints.slots import (
     SLOTS,
     Parameter,
+    array_of,
     average_of_squares,
     check_slot,
     check_slots,
-    largest_count,
     variance,
 )
 from rmsprop_jax.state import is_array
 
-__all__ = ["array_of", "count_of", "exported", "parameter_of", "real_array_of"]
+__all__ = ["array_of_variable", "exported", "parameter_of", "real_array_of"]
 
 _SETTING_OF = {"grad_avg": "centered", "momentum_buffer": "momentum > 0"}
 
@@ -30,8 +30,8 @@ _SETTING_OF = {"grad_avg": "centered", "momentum_buffer": "momentum > 0"}
 # --- In ----------------------------------------------------------------------------------------------------
 
 
-def array_of(where: str, value: Any) -> np.ndarray:
-    """A variable as a NumPy array.
+def array_of_variable(where: str, value: Any) -> np.ndarray:
+    """A variable as a NumPy array of numbers.
 
     Args:
       where: what the message calls the variable.
@@ -40,16 +40,14 @@ def array_of(where: str, value: Any) -> np.ndarray:
     Raises:
       TypeError: if it is anything else, or an array with a mask, which a state cannot hold.
     """
-    if not is_array(value) or isinstance(value, np.ma.MaskedArray):
+    if not is_array(value):
         raise TypeError(f"{where} must be an array, got {type(value).__name__}: {shown(value)}")
     try:
-        array = np.asarray(value)
+        array = value if isinstance(value, np.ndarray) else np.asarray(value)
     except Exception:  # every library has its own for a tensor that NumPy cannot read
         raise TypeError(f"{where} must be an array that NumPy can read, got {shown(value)}") from None
     # HDF5 has no bfloat16: Keras stores two bytes without a type.
-    if array.dtype == np.dtype("V2"):
-        return array.view(jnp.bfloat16)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array_of(where, array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array)
 
 
 def real_array_of(where: str, slot: str, value: Any) -> np.ndarray:
@@ -59,28 +57,13 @@ def real_array_of(where: str, slot: str, value: Any) -> np.ndarray:
       TypeError: if it is anything but a real floating array.
       ValueError: if numbers in it are not finite, or negative in ``square_avg``.
     """
-    array = array_of(where, value)
+    array = array_of_variable(where, value)
     if array.dtype.kind == "c":
         raise TypeError(f"{where} must be a real floating array, got {array.dtype}")
     check_slot(where, slot, array)
     if not np.isfinite(array).all():
         raise ValueError(f"{where} is infinite somewhere; take a checkpoint from before the run diverged")
     return array
-
-
-def count_of(where: str, value: Any) -> int:
-    """A counter of updates: an integer scalar from 0 to 2³¹ − 2, what an int32 can hold and still count.
-
-    Raises:
-      TypeError: if it is anything but an integer scalar.
-      ValueError: if it is out of range.
-    """
-    number = np.asarray(value) if isinstance(value, int) and not isinstance(value, bool) else array_of(where, value)
-    if number.dtype.kind not in "iu" or number.shape:
-        raise TypeError(f"{where} must be an integer scalar, got {number.dtype} {number.shape}")
-    if not 0 <= number < largest_count(np.dtype(np.int32)):
-        raise ValueError(f"{where} must be a number of updates from 0 to 2³¹ − 2, got {number}")
-    return int(number)
 
 
 def parameter_of(name: str, step: int, variables: Mapping[str, tuple[str, Any]]) -> Parameter:
