@@ -110,7 +110,8 @@ def _unit_of_buffer(lr: Any) -> Any:
     if callable(lr) or (number is not None and not SMALLEST_NORMAL <= number <= 1 / SMALLEST_NORMAL):
         got = "a schedule" if callable(lr) else f"{number:g}"
         raise ValueError(
-            f"lr must be constant and not 0 (in float32) or infinite for a buffer to change its unit, got {got}"
+            f"lr must be constant and not 0 (in float32) or infinite for a buffer to change its unit, got {got}; "
+            "translate with the learning rate of the present update"
         )
     return jnp.asarray(lr, float) if number is None else number
 

@@ -179,27 +179,35 @@ def check_containers(name: str, tree: Any) -> None:
 
     In a tree without end, or with keys that cannot be sorted, JAX raises errors that say nothing about the place.
     """
-    stack = [(name, tree, 0)]
+    stack: list[tuple[tuple[Any, ...], Any]] = [((name,), tree)]
     while stack:
-        place, node, depth = stack.pop()
-        if depth > _DEEPEST:
-            raise ValueError(f"{name} must not be nested deeper than {_DEEPEST} containers, as in {place[:80]}")
+        path, node = stack.pop()
+        if len(path) > _DEEPEST:
+            raise ValueError(
+                f"{name} must not be nested deeper than {_DEEPEST} containers, as in {'/'.join(map(str, path))[:80]}"
+            )
         if isinstance(node, dict):
-            try:
-                sorted(node)
-            except TypeError:
-                raise ValueError(
-                    f"{place} has keys of several types, {[type(key).__name__ for key in node][:5]}, which cannot be "
-                    "sorted; JAX needs keys of one type"
-                ) from None
-            children = [(f"{place}[{key!r}]", child) for key, child in node.items()]
+            if type(node) is dict:  # JAX keeps the order of others
+                _check_sortable(path, node)
+            children: Any = node.items()
         elif isinstance(node, tuple) and hasattr(node, "_fields"):
-            children = [(f"{place}.{field}", child) for field, child in zip(node._fields, node, strict=True)]
+            children = zip(node._fields, node, strict=True)
         elif isinstance(node, list | tuple):
-            children = [(f"{place}[{number}]", child) for number, child in enumerate(node)]
+            children = enumerate(node)
         else:
             continue
-        stack += [(where, child, depth + 1) for where, child in children if isinstance(child, dict | list | tuple)]
+        stack += [((*path, key), child) for key, child in children if isinstance(child, dict | list | tuple)]
+
+
+def _check_sortable(path: tuple[Any, ...], node: dict[Any, Any]) -> None:
+    try:
+        sorted(node)
+    except TypeError:
+        kinds = sorted({type(key).__name__ for key in node})[:5]
+        raise ValueError(
+            f"{'/'.join(map(str, path))} has keys that cannot be sorted, of {', '.join(kinds)}; JAX sorts the keys of "
+            "a dict"
+        ) from None
 
 
 _DEEPEST = 100
@@ -225,7 +233,7 @@ def unboxed(tree: Any) -> Any:
     if nnx is None:
         return tree
     return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if isinstance(x, nnx.Variable) else x,
+        lambda x: next(iter(jax.tree.leaves(x)), None) if isinstance(x, nnx.Variable) else x,
         tree,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )

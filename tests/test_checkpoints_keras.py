@@ -316,10 +316,10 @@ REFUSED_CONFIGS: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "no number": (TypeError, {"momentum": "0.9"}, "momentum of config must be a number"),
     "no name": (TypeError, {"name": None}, "name of config must be a string"),
     "weight decay": (ValueError, {"weight_decay": 0.1}, "weight_decay=0.1, but does not say which variables"),
-    "another name": (ValueError, {"name": "adam"}, "variables has no 'adam/iteration'"),
-    "average": (ValueError, {"use_ema": True}, "variables has no 'rmsprop/sequential_hidden_kernel_average'"),
-    "centered": (ValueError, {"centered": True}, "no 'rmsprop/sequential_hidden_kernel_average_gradient'"),
-    "no momentum": (ValueError, {"momentum": 0.0}, "_momentum', which should not be there"),
+    "another name": (ValueError, {"name": "adam"}, "missing: 'adam/iteration'"),
+    "average": (ValueError, {"use_ema": True}, "missing: 'rmsprop/sequential_hidden_kernel_average'"),
+    "centered": (ValueError, {"centered": True}, "missing: 'rmsprop/sequential_hidden_kernel_average_gradient'"),
+    "no momentum": (ValueError, {"momentum": 0.0}, "not expected: 'rmsprop/sequential_hidden_kernel_momentum'"),
 }
 
 
@@ -384,9 +384,9 @@ def altered(value: float) -> Callable[[np.ndarray], np.ndarray]:
 KERNEL = "sequential_hidden_kernel"
 REFUSED_VARIABLES: dict[str, tuple[type[Exception], Callable[[dict[str, Any]], Any], str]] = {
     "no dict": (TypeError, lambda v: list(v), "variables must be a dict from paths to arrays, got list"),
-    "empty": (ValueError, lambda v: {}, "variables has no 'rmsprop/iteration'"),
-    "missing": (ValueError, without(f"{KERNEL}_momentum"), f"no 'rmsprop/{KERNEL}_momentum'"),
-    "additional": (ValueError, lambda v: v | {"rmsprop/x": np.zeros(1)}, "'rmsprop/x', which should not be there"),
+    "empty": (ValueError, lambda v: {}, "missing: 'rmsprop/iteration'"),
+    "missing": (ValueError, without(f"{KERNEL}_momentum"), f"missing: 'rmsprop/{KERNEL}_momentum'"),
+    "additional": (ValueError, lambda v: v | {"rmsprop/x": np.zeros(1)}, "not expected: 'rmsprop/x'"),
     "no array": (TypeError, change(f"{KERNEL}_velocity", lambda x: x.tolist()), f"{KERNEL}_velocity' must be an array"),
     "a mask": (TypeError, change(f"{KERNEL}_velocity", np.ma.MaskedArray), "must be an array without a mask"),
     "integers": (TypeError, change(f"{KERNEL}_velocity", lambda x: x.astype(int)), "must be a floating"),

@@ -148,6 +148,22 @@ def test_everything_counts_the_step() -> None:
     assert (int(state.mini_step), int(state.gradient_step)) == (STEPS % 2, STEPS // 2)
 
 
+def test_updates_of_multi_steps_are_its_gradient_steps_and_others_count_something_else() -> None:
+    params = {"w": jnp.ones(2)}
+    both = [
+        optax.chain(optax.MultiSteps(f(0.1), every_k_schedule=2).gradient_transformation(), plateau)
+        for f, plateau in (
+            (optax.rmsprop, optax.contrib.reduce_on_plateau()),
+            (dialects.optax, optax.contrib.reduce_on_plateau()),
+        )
+    ]
+    opt_state = both[0].init(params)
+    for _ in range(5):
+        _, opt_state = both[0].update(params, opt_state, params, value=1.0)
+    state = from_optax(opt_state, like=both[1].init(params))
+    assert [int(part.step) for part in find_states("state", state).values()] == [2]
+
+
 def test_chain_of_your_own_in_torchs_order_becomes_rmsprop(x64: None) -> None:
     theirs = optax.chain(
         optax.clip(2.0), optax.scale_by_rms(0.95, eps=1e-3, eps_in_sqrt=False), optax.trace(0.9), optax.scale(-0.01)
@@ -176,10 +192,13 @@ def test_trace_becomes_torchs_buffer_at_the_present_rate_of_the_schedule(x64: No
     """The update of torch's rule is the one that Optax would make, with the rate as it is now."""
     _, ours, params, opt_state = job("schedule", jnp.float64)
     state = from_optax(opt_state, like=ours.init(params))
-    rate = float(falling(jnp.asarray(STEPS - 1)))  # of the last update, which is in the trace
-    port = translate("optax", "torch", learning_rate=rate, momentum=0.9)
-    moved = port.convert_state(state)
-    assert_close(moved.momentum_buffer, jax.tree.map(lambda x: -x / rate, opt_state[2].trace), rtol=1e-12)
+    rate = float(falling(jnp.asarray(STEPS)))  # of the next update, not of those whose steps are in the trace
+    port = translate("optax", "torch", learning_rate=rate, momentum=0.9, eps=1e-30)
+    gradient = jax.tree.map(lambda g: jnp.asarray(g[0]), gradients(seed=1))
+    at_once = rmsprop(**port.arguments | {"lr": falling})
+    moved, _ = at_once.update(gradient, port.convert_state(state), params)
+    stayed, _ = optax.rmsprop(falling, momentum=0.9, eps=1e-30).update(gradient, opt_state, params)
+    assert_close(moved, stayed, rtol=1e-10)
 
 
 def test_bfloat16_comes_to_rest_in_float32_and_goes_back_bit_for_bit() -> None:
@@ -374,6 +393,55 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: from_optax(replaced(STATE, nu={"w": jnp.full(2, 0.1)}, mu={"w": jnp.full(2, 10.0)}), LIKE),
         ValueError,
         "'square_avg' of 'opt_state, w' is 0.1 where its 'grad_avg' is 10",
+    ),
+    "an injected rate that is infinite": (
+        lambda: from_optax(
+            optax.tree.set(
+                optax.inject_hyperparams(optax.rmsprop)(0.1).init(PLAIN), learning_rate=jnp.asarray(jnp.inf)
+            ),
+            optax.inject_hyperparams(dialects.optax)(0.1).init(PLAIN),
+        ),
+        ValueError,
+        "opt_state[hyperparams][learning_rate] is inf, but in like it is 0.1",
+    ),
+    "counts that differ": (
+        lambda: from_optax(
+            (CORRECTED[0]._replace(count=jnp.asarray(3)), optax.ScaleByScheduleState(jnp.asarray(4)), CORRECTED[2]),
+            dialects.optax(0.1, bias_correction=True).init(PLAIN),
+            decay=0.9,
+        ),
+        ValueError,
+        "opt_state counts 3 and 4 updates",
+    ),
+    "a stack of corrected states": (
+        lambda: from_optax(
+            jax.vmap(optax.rmsprop(0.1, bias_correction=True).init)(PLAIN),
+            jax.vmap(dialects.optax(0.1, bias_correction=True).init)(PLAIN),
+            decay=0.9,
+        ),
+        ValueError,
+        "opt_state is a stack of bias-corrected states of shape (2,)",
+    ),
+    "complex parameters": (
+        lambda: from_optax(
+            optax.rmsprop(0.1).init({"w": jnp.ones(2, jnp.complex64)}),
+            dialects.optax(0.1).init({"w": jnp.ones(2, jnp.complex64)}),
+            step=0,
+        ),
+        ValueError,
+        "opt_state.square_avg[w] is of a complex parameter",
+    ),
+    "a decay that nothing needs": (
+        lambda: from_optax(STATE, LIKE, decay=0.9),
+        ValueError,
+        "decay is 0.9, but no RMSProp",
+    ),
+    "out: steps that are not those of the slots": (
+        lambda: to_optax(
+            dialects.optax(0.1).init(PLAIN)._replace(step=jnp.zeros(3, jnp.int32)), optax.rmsprop(0.1).init(PLAIN)
+        ),
+        ValueError,
+        "state counts steps of shape (3,), which is not how its slots are stacked",
     ),
     "injected numbers in another precision": (
         lambda: from_optax(

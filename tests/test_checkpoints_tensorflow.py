@@ -184,8 +184,8 @@ def test_arguments_that_do_not_fit_the_file_are_refused(case: str, changed: dict
         ({"centered": "False"}, "centered must be True or False"),
         ({"name": None}, "name must be a string, got None"),
         ({"scope": 1}, "scope must be a string, got 1"),
-        ({"step": True}, "step must be an array"),
-        ({"step": 2.0}, "step must be an array"),
+        ({"step": True}, "step must be an integer, got True"),
+        ({"step": 2.0}, "step must be an integer, got 2.0"),
     ],
 )
 def test_arguments_have_their_types(changed: dict[str, Any], message: str) -> None:

@@ -251,20 +251,11 @@ def test_scheduler_of_epochs_is_read_with_the_updates_of_an_epoch() -> None:
     for _ in range(3):
         run.steps(4)
         scheduler.step()
-    tx, state = from_torch(
-        run.file(), NAMES, same, scheduler_state_dict=scheduler.state_dict(), updates_per_scheduler_step=4
-    )
+    file = run.file()
+    tx, state = from_torch(file, NAMES, same, scheduler_state_dict=scheduler.state_dict(), updates_per_step=4)
     continued(run, tx, state, 4)  # the third epoch; then comes the next stair
     with pytest.raises(ValueError, match=r"^lr is given, but scheduler_state_dict has it too"):
-        from_torch(
-            run.file(),
-            NAMES,
-            same,
-            lr=0.1,
-            step=12,
-            scheduler_state_dict=scheduler.state_dict(),
-            updates_per_scheduler_step=4,
-        )
+        from_torch(file, NAMES, same, lr=0.1, scheduler_state_dict=scheduler.state_dict(), updates_per_step=4)
 
 
 def test_rate_that_a_scheduler_set_is_never_frozen_silently() -> None:
@@ -338,6 +329,25 @@ def test_parameters_that_grew_start_where_their_dialect_starts() -> None:
     assert_same(state.square_avg["third.weight"], jnp.ones((2, 4)))
 
 
+def test_step_before_that_of_a_parameter_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^step is 2, but the file has a parameter at step 3"):
+        from_torch(Run().steps(3).file(), NAMES, same, step=2)
+
+
+def test_groups_that_only_look_equal_stay_apart() -> None:
+    run = Run(two_groups, centered=True, momentum=0.0).steps(1)
+    for group, lr in zip(run.optimizer.param_groups, (0.10001, 0.10004), strict=True):
+        group["lr"] = torch.tensor(lr)
+    continued(run, *from_torch(flattened(run), NAMES, same))
+
+
+def test_note_says_what_may_be_wrong_where_to_params_fails() -> None:
+    run = Run().steps(1)
+    with pytest.raises(ValueError, match="axes don't match array") as raised:
+        from_torch(run.file(), NAMES[::-1], lambda named: [named[name].transpose(1, 0) for name in NAMES])
+    assert "Are names in the optimizer's order?" in raised.value.__notes__[0]
+
+
 # --- Any transformation ------------------------------------------------------------------------------------------
 
 
@@ -354,6 +364,7 @@ AROUND: dict[str, Callable[..., Any]] = {
     "apply_if_finite": lambda **h: optax.apply_if_finite(rmsprop(**h), 3),
     "MultiSteps": lambda **h: optax.MultiSteps(rmsprop(**h), every_k_schedule=1),
     "record_statistics": lambda **h: record_statistics(rmsprop(**h)),
+    "a mask": lambda **h: optax.chain(optax.masked(optax.identity(), {n: n in NAMES[:2] for n in NAMES}), rmsprop(**h)),
     "a moving average": lambda **h: optax.chain(rmsprop(**h), optax.ema(0.0)),
 }
 
@@ -448,7 +459,7 @@ def group(**changes: Any) -> Callable[[Any], None]:
     return lambda file: file["param_groups"][0].update(changes)
 
 
-REFUSED: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
+REFUSED: dict[str, tuple[Callable[[Run], Any], Any, str]] = {
     "a checkpoint of Lightning": (
         edited(lambda file: {"epoch": 3, "state_dict": {}, "optimizer_states": [file], "lr_schedulers": []}),
         ValueError,
@@ -521,6 +532,27 @@ REFUSED: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
         lambda run: from_torch(swapped(Run(centered=True).steps(3).file()), NAMES, same),
         ValueError,
         "but an average of squares is no less than the square of the average; were the two swapped?",
+    ),
+    "the file of a scheduler": (
+        edited(lambda file: {"last_epoch": 3, "base_lrs": [0.1], "gamma": 0.1}),
+        ValueError,
+        "is it the scheduler's?",
+    ),
+    "a path": (edited(lambda file: "run.pt"), TypeError, "read the file with torch.load(path, weights_only=True)"),
+    "all of schedules_of": (
+        edited(same, lr=[{"lr": 0.1}]),
+        TypeError,
+        "of schedules_of, give [group['lr'] for group in schedules]",
+    ),
+    "a scheduler that from_torch cannot read": (
+        edited(same, scheduler_state_dict={"base_lrs": [0.02], "last_epoch": 1, "lr_lambdas": [None]}),
+        (TypeError, ValueError),
+        "schedules_of does: give lr=[group['lr'] for group in schedules_of(...)]",
+    ),
+    "Optax for the rule": (
+        edited(same, transformation=optax.rmsprop),
+        ValueError,
+        "it must take torch's names of arguments, as rmsprop of this library does",
     ),
     "a mask": (edited(slot_as(lambda x: np.ma.masked_array(x.numpy()))), TypeError, "without a mask"),
     "no memory": (

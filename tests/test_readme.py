@@ -124,7 +124,7 @@ def optax_source() -> tuple[dict[str, Any], Any, Any]:
     _, opt_state = theirs.update(params, theirs.init(params), params)
     updates, _ = theirs.update({"w": jnp.ones(3)}, opt_state, params)
     after = optax.apply_updates(params, updates)
-    return {"opt_state": opt_state, "optimizer": ours, "params": params}, params, after
+    return {"opt_state": opt_state, "optimizer": ours, "params": params, "step": 1}, params, after
 
 
 def recorded_source(library: str, case: str) -> tuple[dict[str, Any], Any, Any]:

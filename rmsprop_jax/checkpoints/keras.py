@@ -60,8 +60,8 @@ def from_keras(
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     """The transformation and the state that continue a run of ``keras.optimizers.RMSprop`` in JAX.
 
-    The transformation is ``dialects.keras`` with the hyperparameters in ``config``. Around it, from the gradient to the
-    parameters, stands what ``config`` asks for::
+    The transformation is ``dialects.keras`` with the hyperparameters in ``config``, and does what else ``config`` asks
+    for, from the gradient to the parameters::
 
         loss_scale_factor             g / loss_scale_factor (the program scales the loss, as scale_loss does in Keras)
         gradient_accumulation_steps   optax.MultiSteps
@@ -91,7 +91,7 @@ def from_keras(
         join, since a leaf of JAX is then one variable of Keras.
       learning_rate: replaces the one in ``config``: a number, or a schedule that is read at the number of updates.
         Needed where ``config`` has a schedule that is not one of Keras', and where a callback moved the rate on and
-        goes on moving it.
+        keeps moving it.
       exclude_from_weight_decay: those of ``names`` that the program excluded from weight decay, ``[]`` for none.
         ``config`` does not say. Needed where it has a ``weight_decay``.
 

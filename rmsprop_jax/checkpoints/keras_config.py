@@ -205,11 +205,14 @@ def variables_by_role(variables: Any, paths: Sequence[tuple[str, str, str]]) -> 
         return _by_number({int(key): value for key, value in variables.items()}, paths)
     expected = [path for path, _, _ in paths]
     check_paths(expected)
-    problems = [f"no {shown(path)}" for path in expected if path not in variables][:3]
-    problems += [f"{shown(path)}, which should not be there" for path in variables if path not in expected][:3]
-    if problems:
+    missing = [path for path in expected if path not in variables]
+    known_paths = set(expected)
+    additional = [path for path in variables if path not in known_paths]
+    if missing or additional:
+        found = {"missing": missing, "not expected": additional}
+        problems = [f"{what}: {', '.join(map(shown, some[:3]))}" for what, some in found.items() if some]
         raise ValueError(
-            f"by config and names, variables has {' and '.join(problems)}; give {{v.path: array}} of all "
+            f"variables are not those of config and names ({'; '.join(problems)}); give {{v.path: array}} of all "
             "optimizer.variables, the config of the same optimizer, and the paths of all variables that it trains"
         )
     return {(role, name): (repr(path), variables[path]) for path, role, name in paths}

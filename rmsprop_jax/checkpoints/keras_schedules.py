@@ -78,7 +78,7 @@ def _inverse_time(kind: str, a: Arguments) -> Schedule:
 
 
 def _polynomial(kind: str, a: Arguments) -> Schedule:
-    """``(initial − end) · (1 − n / decay_steps) ^ power + end``; ``decay_steps`` grows by itself if ``cycle``."""
+    """``(initial − end) · (1 − n / decay_steps) ^ power + end``; with ``cycle``, ``decay_steps`` grows."""
     initial, end = _number(kind, "initial_learning_rate", a), _number(kind, "end_learning_rate", a)
     steps, power = _whole(kind, "decay_steps", a), _number(kind, "power", a)
     cycle = check_flag(f"cycle of {kind}", a["cycle"])

@@ -7,6 +7,7 @@ of its result comes from.
 Read from the top down: two checks of arguments; names to tree; tree to names.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -18,7 +19,7 @@ import optax
 
 from rmsprop_jax.arguments import shown
 from rmsprop_jax.checkpoints.rearrangement import Like, sources_of
-from rmsprop_jax.checkpoints.slots import SLOTS, Parameter, check_slot, largest_count
+from rmsprop_jax.checkpoints.slots import SCHEDULE_COUNTS, SLOTS, Parameter, check_slot, largest_count
 from rmsprop_jax.state import (
     RMSPropState,
     find_states,
@@ -106,6 +107,8 @@ def build_optimizer(
       >>> print(state.step, state.square_avg["kernel"])
       7 [1. 2.]
     """
+    if not parameters:
+        raise ValueError("names is empty; give the parameters that are trained")
     step = common_step(parameters) if step is None else step
 
     def build(arrays: Iterable[np.ndarray]) -> chex.ArrayTree:
@@ -120,23 +123,27 @@ def build_optimizer(
     like = jax.eval_shape(tx.init, template)
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
     kept = [slot for slot in SLOTS if any(getattr(state, slot) is not None for state in states)]
-    kept_by_group = [_kept_by(transformation) for transformation in transformations]
+    parts = (
+        [like] if len(transformations) == 1 else [like.inner_states[f"group{i}"] for i in range(len(transformations))]
+    )
+    kept_by_group = [_kept_by(part) for part in parts]
     for parameter in parameters:
         _check_kept(parameter, kept_by_group[parameter.group])
+    first = functools.cache(lambda: tx.init(template))
 
     def filled(parameter: Parameter, slot: str) -> np.ndarray:
         if slot in parameter.slots:
             return parameter.slots[slot]
-        return _first_slot(parameter, slot, transformations[parameter.group])
+        state = first() if len(transformations) == 1 else first().inner_states[f"group{parameter.group}"]
+        return _first_slot(parameter, slot, state)
 
     fresh = _fresh_state(tx, template, like)
     return tx, _filled(fresh, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
 
 
-def _kept_by(transformation: optax.GradientTransformation) -> set[str]:
-    """The slots that a transformation keeps for each of its parameters."""
-    like = jax.eval_shape(transformation.init, np.zeros((), np.float32))
-    states = find_states("the state of the transformation", like, _BUILD_ONE).values()
+def _kept_by(part: optax.OptState) -> set[str]:
+    """The slots that a part of a state keeps for each of its parameters."""
+    states = find_states("the state of the transformation", part, _BUILD_ONE).values()
     return {slot for slot in SLOTS for state in states if getattr(state, slot) is not None}
 
 
@@ -183,6 +190,10 @@ def _tree_of(
         raise ValueError(
             f"to_params asks for {shown(error.args[0])}, which is not one of names: {shown(list(arrays), 200)}"
         ) from error
+    except Exception as error:
+        shapes = {name: array.shape for name, array in arrays.items()}
+        error.add_note(f"to_params failed. Are names in the optimizer's order? Their shapes are {shown(shapes, 400)}.")
+        raise
 
     def is_number(leaf: Any) -> bool:  # integers too: the trace refuses them
         is_numeric_array = is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
@@ -214,12 +225,12 @@ def _group_of_each_leaf(
     return groups
 
 
-def _first_slot(parameter: Parameter, slot: str, transformation: optax.GradientTransformation) -> np.ndarray:
-    """What ``init`` puts into the slot of a parameter."""
+def _first_slot(parameter: Parameter, slot: str, first: optax.OptState) -> np.ndarray:
+    """What ``init``, which returned ``first`` for the whole group, puts into the slot of a parameter."""
+    states = find_states("the state of the transformation", first, _BUILD_ONE).values()
+    numbers = [np.asarray(x).reshape(-1) for state in states for x in jax.tree.leaves(getattr(state, slot)) if x.size]
     dtype = np.promote_types(parameter.dtype, np.float32)
-    state, *_ = find_states("the state", transformation.init(np.zeros((), dtype))).values()
-    first = getattr(state, slot)
-    return np.full(parameter.shape, 0 if first is None else first, dtype)
+    return np.full(parameter.shape, numbers[0][0].real if numbers else 0, dtype)
 
 
 def _fresh_state(tx: optax.GradientTransformation, template: chex.ArrayTree, like: optax.OptState) -> optax.OptState:
@@ -253,17 +264,6 @@ def _fresh_state(tx: optax.GradientTransformation, template: chex.ArrayTree, lik
     return replace_states(fresh, lambda state: next(slots))
 
 
-# What a schedule reads besides RMSPropState.step. Every other count starts anew: of updates that were not finite, of
-# gradients that are accumulated, of a plateau.
-_COUNTS = {
-    "ScaleByScheduleState": "count",
-    "InjectHyperparamsState": "count",
-    "InjectStatefulHyperparamsState": "count",
-    "WrappedScheduleState": "count",
-    "MultiStepsState": "gradient_step",
-}
-
-
 def _filled(fresh: optax.OptState, step: int, trees: Mapping[str, chex.ArrayTree]) -> optax.OptState:
     """``fresh`` with the arrays of ``trees`` in the slots, and ``step`` in every count that a schedule reads."""
 
@@ -281,14 +281,14 @@ def _filled(fresh: optax.OptState, step: int, trees: Mapping[str, chex.ArrayTree
                 for slot, tree in zip(SLOTS, node[1:], strict=True)
             }
             return RMSPropState(step=count(node.step), **slots)
-        field = _COUNTS.get(type(node).__name__)
+        field = SCHEDULE_COUNTS.get(type(node).__name__)
         if field is None:
             return node
         others = {name: fill(value) for name, value in node._asdict().items() if name != field}
         return node._replace(**others, **{field: count(getattr(node, field))})
 
     def fill(tree: Any) -> Any:
-        return jax.tree.map(filled, tree, is_leaf=lambda x: is_state(x) or type(x).__name__ in _COUNTS)
+        return jax.tree.map(filled, tree, is_leaf=lambda x: is_state(x) or type(x).__name__ in SCHEDULE_COUNTS)
 
     return fill(fresh)
 
@@ -438,7 +438,8 @@ def _arrays_by_name(named: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     if not isinstance(named, Mapping):
         raise TypeError(f"from_params must return a dict from names to arrays, got {type(named).__name__}")
     problems = [f"{name!r} is missing" for name in names if name not in named][:3]
-    problems += [f"{shown(name)} is not one of them" for name in named if name not in names][:3]
+    wanted = set(names)
+    problems += [f"{shown(name)} is not one of them" for name in named if name not in wanted][:3]
     if problems:
         raise ValueError(f"from_params must return an array for each of names, but {' and '.join(problems)}")
     return {name: np.asarray(named[name]) for name in names}

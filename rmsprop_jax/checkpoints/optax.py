@@ -17,6 +17,7 @@ import optax
 
 from rmsprop_jax.arguments import check_smoothing, known, shown
 from rmsprop_jax.checkpoints.slots import (
+    SCHEDULE_COUNTS,
     array_of,
     average_of_squares,
     check_slots,
@@ -25,6 +26,7 @@ from rmsprop_jax.checkpoints.slots import (
     variance,
 )
 from rmsprop_jax.state import (
+    Name,
     RMSPropState,
     check_containers,
     find_states,
@@ -67,7 +69,9 @@ def from_optax(
       opt_state: the state of the optimizer with ``optax.rmsprop`` in it, or with ``optax.scale_by_rms`` or
         ``scale_by_stddev`` in a chain of your own. It may be a checkpoint that was restored without a target: nested
         dicts and lists, as Orbax and ``flax.serialization.msgpack_restore`` return it. It may hold Flax's variables.
-      like: the state to fill, or its shapes and dtypes: ``jax.eval_shape(tx.init, params)``.
+      like: the state to fill, or its shapes and dtypes: ``jax.eval_shape(tx.init, params)``. Its transformation must be
+        ``dialects.optax``. That of ``rmsprop`` and of the other dialects looks the same, but a trace means something
+        else there: nothing can notice it, and the updates are wrong.
       step: the number of updates so far. Needed if ``opt_state`` counts nothing: then no learning-rate schedule reads
         it, and it is 0 if nothing else that you build does.
       decay: the smoothing constant, in [0, 1). Needed if ``opt_state`` is bias-corrected, and only then.
@@ -97,12 +101,20 @@ def from_optax(
     check_containers("opt_state", opt_state)
     find_states("like", like, _BUILD_LIKE)
     opt_state = unboxed(opt_state)
-    steps = _Steps(opt_state, step)
+    steps = _Steps(opt_state, unboxed(like), step)
+
+    corrected: list[bool] = []
 
     def convert(ours: Any, theirs: Any, where: str) -> Any:
-        return _read(ours, theirs, where, steps, decay) if is_state(ours) else None
+        if not is_state(ours):
+            return None
+        part = _part(theirs, where)
+        corrected.append(part.is_corrected)
+        return _read(ours, part, where, steps, decay)
 
-    return _boxed_like(like, _walk(unboxed(like), opt_state, "opt_state", _same, convert))
+    filled = _walk(unboxed(like), opt_state, "opt_state", _same, convert)
+    _check_decay_is_used(decay, corrected)
+    return _boxed_like(like, filled)
 
 
 def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None = None) -> optax.OptState:
@@ -143,10 +155,18 @@ def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None
     find_states("state", state)
     check_containers("like", like)
 
-    def convert(theirs: Any, ours: Any, where: str) -> Any:
-        return _written(theirs, ours, where, decay) if is_state(ours) else None
+    corrected: list[bool] = []
 
-    return _boxed_like(like, _walk(unboxed(like), unboxed(state), "state", _same, convert))
+    def convert(theirs: Any, ours: Any, where: str) -> Any:
+        if not is_state(ours):
+            return None
+        part = _part(theirs, "like")
+        corrected.append(part.is_corrected)
+        return _written(theirs, part, ours, where, decay)
+
+    filled = _walk(unboxed(like), unboxed(state), "state", _same, convert)
+    _check_decay_is_used(decay, corrected)
+    return _boxed_like(like, filled)
 
 
 def _boxed_like(like: Any, tree: Any) -> Any:
@@ -167,19 +187,26 @@ def _checked_decay(decay: float | None) -> float | None:
     return number
 
 
+def _check_decay_is_used(decay: float | None, corrected: list[bool]) -> None:
+    if decay is not None and not any(corrected):
+        raise ValueError(f"decay is {decay:g}, but no RMSProp here is bias-corrected; leave it out")
+
+
 # --- The step ------------------------------------------------------------------------------------------------
 
 
 class _Steps:
     """The number of updates: what the RMSProp counts itself, or the caller says, or all else counts."""
 
-    def __init__(self, opt_state: optax.OptState, step: int | None) -> None:
+    def __init__(self, opt_state: optax.OptState, like: optax.OptState, step: int | None) -> None:
         self.step = None if step is None else count_of("step", step)
-        leaves = jax.tree_util.tree_leaves_with_path(opt_state)
-        counts = [leaf for path, leaf in leaves if leaf_name(path)[-1:] in (("count",), ("gradient_step",))]
-        self.outside = {
-            int(x) for x in counts if getattr(x, "shape", None) == () and jnp.issubdtype(x.dtype, jnp.integer)
-        }
+        counters = _counters(like)
+        self.outside = set()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+            name = tuple(part for part in leaf_name(path) if part != "value")
+            is_counter = name in counters or (name[-1:] == ("count",) and any(name[: len(c)] == c for c in counters))
+            if is_counter and getattr(leaf, "shape", None) == () and jnp.issubdtype(leaf.dtype, jnp.integer):
+                self.outside.add(int(leaf))
 
     def of(self, own: Any, like: Any, where: str) -> np.ndarray:
         """The step of the RMSProp at ``where``, whose schedule or bias correction counts ``own`` (or ``None``)."""
@@ -196,6 +223,22 @@ class _Steps:
         if own.shape not in ((), like.shape):  # one count may belong to a stack
             raise ValueError(f"{where} counts {shown(own.tolist())}, but in like it counts one of shape {like.shape}")
         return np.broadcast_to(own, like.shape)
+
+
+def _counters(like: optax.OptState) -> set[Name]:
+    """Where a state counts the updates that a schedule reads; of an RMSProp, where all of it is."""
+    found = set()
+    stack: list[tuple[Name, Any]] = [((), like)]
+    while stack:
+        name, node = stack.pop()
+        field = SCHEDULE_COUNTS.get(type(node).__name__)
+        if field is not None:
+            found.add((*name, field))
+        if is_state(node):
+            found.add(name)
+        elif not jax.tree_util.all_leaves([node]):
+            stack += [((*name, key), child) for key, child in _level(node)[1].items()]
+    return found
 
 
 # --- One RMSProp ---------------------------------------------------------------------------------------------
@@ -242,9 +285,8 @@ def _part(node: Any, where: str) -> _Part:
     return _Part(trees, counts[0] if counts else None, is_corrected)
 
 
-def _read(ours: RMSPropState, theirs: Any, where: str, steps: _Steps, decay: float | None) -> RMSPropState:
+def _read(ours: RMSPropState, part: _Part, where: str, steps: _Steps, decay: float | None) -> RMSPropState:
     """``ours`` with the numbers of the state of an ``optax.rmsprop``."""
-    part = _part(theirs, where)
     _check_same_slots(ours, part, where)
     step = steps.of(part.updates, ours.step, where)
     weight = _weight(part, step, decay, where)
@@ -255,9 +297,8 @@ def _read(ours: RMSPropState, theirs: Any, where: str, steps: _Steps, decay: flo
     return ours._replace(step=_counted(step, ours.step), **trees)
 
 
-def _written(theirs: Any, ours: RMSPropState, where: str, decay: float | None) -> Any:
+def _written(theirs: Any, part: _Part, ours: RMSPropState, where: str, decay: float | None) -> Any:
     """``theirs``, the state of an ``optax.rmsprop``, with the numbers of ``ours``."""
-    part = _part(theirs, "like")
     _check_same_slots(ours, part, where)
     step = _counts(ours.step, f"{where}.step")
     weight = _weight(part, step, decay, "like")
@@ -343,22 +384,31 @@ def _carried(
     for slot, template in templates.items():
         likes, structure = jax.tree.flatten(template)
         new = [
-            _placed(slots[slot], like.dtype, source)
+            _placed(slots[slot], like, source)
             for slots, like, source in zip(changed, likes, columns[slot], strict=True)
         ]
         result[slot] = jax.tree.unflatten(structure, new)
     return result
 
 
-def _placed(value: np.ndarray, dtype: np.dtype, source: Any) -> jax.Array:
-    """``value`` in ``dtype``, on the devices of ``source``."""
+def _placed(value: np.ndarray, like: Any, source: Any) -> jax.Array:
+    """``value`` in the dtype of ``like``, on its devices, or else on those of ``source``."""
     with np.errstate(over="ignore"):
-        array = value.astype(dtype)
+        array = value.astype(like.dtype)
     if (np.isinf(array) & ~np.isinf(value)).any():
-        raise ValueError(f"like has {dtype} for a slot whose largest number is {np.abs(value).max():.4g}; widen it")
-    if isinstance(source, jax.Array) and source.committed:
-        placed: jax.Array = jax.device_put(array, source.sharding)
-        return placed
+        raise ValueError(
+            f"like has {like.dtype} for a slot whose largest number is {np.abs(value).max():.4g}; widen it"
+        )
+    return _on_devices_of(like, source, array)
+
+
+def _on_devices_of(like: Any, source: Any, array: Any) -> jax.Array:
+    """A copy of ``array`` where ``like`` lies, if somebody placed that, or else where ``source`` lies."""
+    for placed in (like, source):
+        is_abstract = isinstance(placed, jax.ShapeDtypeStruct)
+        if placed.sharding is not None if is_abstract else getattr(placed, "committed", False):
+            copied: jax.Array = jax.device_put(array, placed.sharding)
+            return jnp.array(copied) if copied is array else copied
     return jnp.array(array)
 
 
@@ -395,8 +445,9 @@ def _walk(
         if (name not in others or name not in children) and jax.tree.leaves(child):
             has, lacks = ("like", "the state") if name in children else ("the state", "like")
             raise ValueError(
-                f"{has} has {shown(name)} at {where}, but {lacks} does not; build the two optimizers alike, with "
-                "dialects.optax here and optax.rmsprop there"
+                f"{has} has {shown(name)} at {where}, but {lacks} does not ({type(template).__name__} in like, "
+                f"{type(other).__name__} in the state); build the two optimizers alike, with dialects.optax here and "
+                "optax.rmsprop there"
             )
     results = [_walk(child, others.get(name), f"{where}[{name}]", leaf, convert) for name, child in children.items()]
     return jax.tree.unflatten(structure, spread(results))
@@ -446,7 +497,7 @@ def _same(like: Any, other: Any, where: str) -> Any:
     is_injected = array.shape == () and not isinstance(like, jax.ShapeDtypeStruct)
     if is_injected and np.isfinite(np.asarray(like)) and not np.isfinite(np.asarray(array)):
         raise ValueError(f"{where} is {array}, but in like it is {like}; take a state from before the run diverged")
-    return jnp.asarray(array)
+    return _on_devices_of(like, other, array)
 
 
 def _slot(like: Any, other: Any, where: str) -> Any:
@@ -454,7 +505,12 @@ def _slot(like: Any, other: Any, where: str) -> Any:
     array = _array(other, where)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(f"{where} must be a floating or complex array, got {array.dtype}")
-    if array.shape != like.shape or (array.dtype.kind == "c") != (like.dtype.kind == "c"):
+    if array.dtype.kind == like.dtype.kind == "c":
+        raise ValueError(
+            f"{where} is of a complex parameter, whose average in Optax is that of |g|², and here one of each "
+            "component; start with init instead"
+        )
+    if array.shape != like.shape or "c" in (array.dtype.kind, like.dtype.kind):
         raise ValueError(
             f"{where} is {array.dtype} {array.shape}, but in like it is {like.dtype} {like.shape}; both must be for "
             "the same parameters"
@@ -464,7 +520,7 @@ def _slot(like: Any, other: Any, where: str) -> Any:
 
 def _counts(value: Any, where: str) -> np.ndarray:
     """A number of updates, or a stack of them."""
-    array = np.asarray(value, object) if type(value) is int else array_of(where, value)
+    array = np.asarray(value, object) if type(value) is int else np.asarray(_array(value, where))
     counts = [count_of(where, number) for number in array.reshape(-1)]
     if not counts:
         raise ValueError(f"{where} must be a number of updates, got shape {array.shape}")
@@ -473,6 +529,8 @@ def _counts(value: Any, where: str) -> np.ndarray:
 
 def _array(value: Any, where: str) -> np.ndarray | jax.Array:
     """An array of JAX as it is; one of NumPy, or a number of Python, as an array of NumPy."""
+    if isinstance(value, Mapping) and value.keys() == {"value"}:  # Flax's variable in a file that was restored alone
+        value = value["value"]
     if isinstance(value, jax.Array):
         return value
     if isinstance(value, bool | float | complex) or (type(value) is int and abs(value) < 2**31):

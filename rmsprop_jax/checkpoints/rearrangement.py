@@ -73,14 +73,26 @@ def sources_of(
                 "weights, so it may only rearrange: cast, scale or pad elsewhere"
             )
         is_placed[elements] = True
-        numbers = np.searchsorted(starts, elements.ravel(), side="right") - 1
-        sources.append((what, np.flatnonzero(np.bincount(numbers)).tolist()))
+        sources.append((what, _inputs_of(elements, starts)))
     for like, start, size in zip(inputs, starts, sizes, strict=False):
         lost = size - int(is_placed[start : start + size].sum())
         if lost:
             part = f"{lost} of {size} numbers of " if lost < size else ""
             raise ValueError(f"{function} leaves out {part}{like.what}; its state would be lost")
     return sources
+
+
+def _inputs_of(elements: np.ndarray, starts: np.ndarray) -> list[int]:
+    """The numbers of the inputs that elements belong to."""
+    inputs: set[int] = set()
+    for first in range(0, len(elements), _BLOCK):
+        block = elements[first : first + _BLOCK]
+        low, high = np.searchsorted(starts, [block.min(), block.max()], side="right") - 1
+        if low == high:
+            inputs.add(int(low))
+        else:
+            inputs.update(np.flatnonzero(np.bincount(np.searchsorted(starts, block, side="right") - 1)).tolist())
+    return sorted(inputs)
 
 
 # --- Tags ----------------------------------------------------------------------------------------------------
@@ -93,20 +105,40 @@ _BITS = 22
 _MASK = np.uint32(2**_BITS - 1)
 
 
+_BLOCK = 2**16  # elements that are looked at together, so that what is computed of them stays in the cache
+
+
 def _tagged(like: Like, start: int, place: int) -> np.ndarray:
     """An array of tags for the elements whose numbers begin with ``start``."""
-    elements = np.arange(start, start + math.prod(like.shape), dtype=np.int64).reshape(like.shape)
-    odd = (2 * _shuffled(_code(elements, place)) + 1).astype(np.float32)
-    tags = np.float32(_sign(place)) * (1 + odd * np.float32(2.0**-23))
+    size = math.prod(like.shape)
+    tags = np.empty(size, np.float32)
+    for first in range(0, size, _BLOCK):
+        last = min(first + _BLOCK, size)
+        odd = (2 * _shuffled(_code(np.arange(start + first, start + last, dtype=np.int64), place)) + 1).astype(
+            np.float32
+        )
+        tags[first:last] = np.float32(_sign(place)) * (1 + odd * np.float32(2.0**-23))
+    tags = tags.reshape(like.shape)
     return (tags - 1j * tags).astype(np.complex64) if like.is_complex else tags
 
 
 def _elements(arrays: Sequence[np.ndarray], number: int) -> np.ndarray | None:
     """The elements whose tags are in the arrays of all places; ``None`` if anything else is in them."""
+    if any(array.shape != arrays[0].shape or not jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays):
+        return None
+    flat = [array.reshape(-1) for array in arrays]
+    elements = np.empty(arrays[0].size, np.int64)
+    for first in range(0, len(elements), _BLOCK):
+        found = _elements_of_block([array[first : first + _BLOCK] for array in flat], number)
+        if found is None:
+            return None
+        elements[first : first + _BLOCK] = found
+    return elements
+
+
+def _elements_of_block(arrays: Sequence[np.ndarray], number: int) -> np.ndarray | None:
     codes = []
     for place, array in enumerate(arrays, start=-1):
-        if array.shape != arrays[0].shape or not jnp.issubdtype(array.dtype, jnp.inexact):
-            return None
         real = array.real.astype(np.promote_types(array.real.dtype, np.float32), copy=False)
         odd = (real * _sign(place) - 1) * 2.0**23
         is_tag = (odd > 0) & (odd < 2.0**23) & (odd % 2 == 1)

@@ -1,4 +1,4 @@
-"""The state dict of one learning-rate scheduler, number by number: may we believe it? It knows no scheduler.
+"""The state dict of one learning-rate scheduler, number by number: is each of them one that it can have?
 
 Nothing in a file is called. A number may be Python's or NumPy's, or a tensor of one number, and is read in float64.
 """

@@ -16,6 +16,7 @@ from rmsprop_jax.arguments import shown
 from rmsprop_jax.state import RMSPropState
 
 __all__ = [
+    "SCHEDULE_COUNTS",
     "SLOTS",
     "Parameter",
     "array_of",
@@ -31,6 +32,16 @@ __all__ = [
 ]
 
 SLOTS = RMSPropState._fields[1:]  # all fields but the step
+
+# The field in which a state of Optax counts the updates that a schedule reads. Every other count is one of something
+# else: of updates that were not finite, of gradients that are accumulated, of a plateau.
+SCHEDULE_COUNTS = {
+    "ScaleByScheduleState": "count",
+    "InjectHyperparamsState": "count",
+    "InjectStatefulHyperparamsState": "count",
+    "WrappedScheduleState": "count",
+    "MultiStepsState": "gradient_step",
+}
 
 
 # --- What a file says about a parameter ----------------------------------------------------------------------
@@ -111,7 +122,10 @@ def array_of(where: str, value: Any) -> np.ndarray:
         raise TypeError(f"{where} must be an array without a mask, which would be lost; give its filled(...)")
     if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
         raise TypeError(f"{where} must be an array of numbers, got {value.dtype}")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except RuntimeError:  # its memory was donated, or a part of it is in another process
+        raise ValueError(f"{where} must be an array that this process has the whole of") from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -193,7 +207,7 @@ def check_slots(
     if expected_shape != shape:
         raise ValueError(
             f"the state of {name!r} has shape {shape}, but params[{name!r}] has shape {expected_shape}; give the "
-            "parameters of the same run"
+            "parameters of the same run, and names in the order of the optimizer's groups"
         )
     if expected_dtype is not None and (expected_dtype.kind == "c") != (dtype.kind == "c"):
         raise ValueError(

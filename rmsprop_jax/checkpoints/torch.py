@@ -72,7 +72,7 @@ def from_torch(
     weight_decay: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     momentum: optax.ScalarOrSchedule | Sequence[optax.ScalarOrSchedule] | None = None,
     scheduler_state_dict: Mapping[str, Any] | None = None,
-    updates_per_scheduler_step: int = 1,
+    updates_per_step: int = 1,
     transformation: Callable[..., optax.GradientTransformation] = rmsprop,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.OptState]:
     """The transformation and the state that continue a run of ``torch.optim.RMSprop`` in JAX.
@@ -120,7 +120,7 @@ def from_torch(
       scheduler_state_dict: what ``scheduler.state_dict()`` returned at the same moment. The learning rate, and the
         momentum if the scheduler moves it, then become the schedules that continue it; see
         :func:`rmsprop_jax.checkpoints.schedules_of`, which takes what a file cannot hold.
-      updates_per_scheduler_step: updates from one ``scheduler.step()`` to the next: those of an epoch if it is called
+      updates_per_step: updates from one ``scheduler.step()`` to the next: those of an epoch if it is called
         once per epoch.
       transformation: what to build, with the hyperparameters as keyword arguments. Other optimizers with torch's
         slots have their own: ``dialects.timm`` for timm's RMSpropTF, ``dialects.stable_baselines3`` for
@@ -167,11 +167,11 @@ def from_torch(
     ]
     parameters += [_new_parameter(name, group, params) for name, group in grown.items()]
     step = common_step(parameters) if step is None else step
+    latest = max((p.step or 0 for p in parameters), default=0)
+    if step < latest:
+        raise ValueError(f"step is {step}, but the file has a parameter at step {latest}; give the step of the run")
     if scheduler_state_dict is not None:
-        schedules = schedules_of(
-            scheduler_state_dict, file.groups, step=step, updates_per_step=updates_per_scheduler_step
-        )
-        numbers = _scheduled(numbers, schedules)
+        numbers = _scheduled(numbers, file, scheduler_state_dict, step, updates_per_step)
     _check_no_scheduler_is_forgotten(file, numbers)
     transformations = [
         transformation(**_hyperparameters(index, group, own, transformation))
@@ -239,13 +239,25 @@ def _numbers_by_group(file: File, given: Mapping[str, Any]) -> list[dict[str, An
         for own, x in zip(numbers, values, strict=True):
             if x is not None:
                 own[name] = x
+            if isinstance(x, Mapping):
+                raise TypeError(
+                    f"{name} must be a number or a schedule for each group, got {shown(x)}; of schedules_of, give "
+                    f"[group[{name!r}] for group in schedules]"
+                )
     return numbers
 
 
 def _scheduled(
-    numbers: Sequence[dict[str, Any]], schedules: Sequence[Mapping[str, optax.Schedule]]
+    numbers: Sequence[dict[str, Any]], file: File, scheduler_state_dict: Any, step: int, updates_per_step: int
 ) -> list[dict[str, Any]]:
     """``numbers`` and the schedules of each group, after a check that they do not both have the same one."""
+    try:
+        schedules = schedules_of(scheduler_state_dict, file.groups, step=step, updates_per_step=updates_per_step)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{error} (What from_torch does not take, schedules_of does: give lr=[group['lr'] for group in "
+            "schedules_of(...)] in place of scheduler_state_dict.)"
+        ) from error
     for own, scheduled in zip(numbers, schedules, strict=True):
         twice = sorted(own.keys() & scheduled.keys())
         if twice:
@@ -283,7 +295,8 @@ def _hyperparameters(
     takes_any = any(a.kind is a.VAR_KEYWORD for a in arguments)
     hyperparameters = {}
     for key, value in (_DEFAULTS | dict(group)).items():
-        if key in known or (takes_any and key not in _IGNORED):
+        is_read = key not in _IGNORED or (key == "max_lr_snapshot" and bool(group.get("corrected_weight_decay")))
+        if key in known or (takes_any and is_read):
             hyperparameters[key] = own[key] if key in own else _hyperparameter(index, key, value)
         elif not (key in _IGNORED or (key in _SWITCHES and not value)):
             is_of_timm = key in ("lr_in_momentum", "decoupled_decay")
@@ -293,6 +306,8 @@ def _hyperparameters(
                 + (
                     "is this a file of timm's RMSpropTF, for transformation=dialects.timm?"
                     if is_of_timm
+                    else "it must take torch's names of arguments, as rmsprop of this library does"
+                    if key in (*_REQUIRED, *_DEFAULTS)
                     else f"if it does not change the update, drop it: group.pop({key!r})"
                 )
             )
@@ -312,7 +327,9 @@ def _hyperparameter(index: int, key: str, value: Any) -> Any:
     if callable(plain):
         raise TypeError(f"{what} must be a number, got {shown(plain)}")
     number = _CHECKS[key](what, plain)
-    if np.isinf(float(jnp.asarray(number, float))):
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(number).astype(jnp.result_type(float))
+    if np.isinf(rounded).any():
         raise ValueError(f"{what} is {shown(plain)}, which is infinite in float32; switch jax_enable_x64 on")
     return number
 

@@ -10,6 +10,7 @@ Source: ``torch/optim/rmsprop.py`` and ``torch/optim/optimizer.py`` (PyTorch 2.1
 there); ``torch/distributed/checkpoint/state_dict.py``; ``bitsandbytes/optim/optimizer.py`` (0.50).
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,13 +47,16 @@ def read_file(argument: str, file: Any) -> File:
     """
     if not isinstance(file, Mapping):
         hint = "; call its state_dict()" if hasattr(file, "state_dict") else _hint_where(argument, file)
+        if isinstance(file, str | os.PathLike):
+            hint = "; read the file with torch.load(path, weights_only=True)"
         raise TypeError(f"{argument} must be a state dict, got {type(file).__name__}{hint}")
     form = "torch"
     if _is_flattened(file):
         form, file = "flattened", _unflattened(argument, file)
     absent = [key for key in ("state", "param_groups") if key not in file]
     if absent:
-        hint = _hint_where(argument, file) or "; is it the model's?"
+        is_scheduler = "last_epoch" in file and "base_lrs" in file
+        hint = _hint_where(argument, file) or f"; is it the {'scheduler' if is_scheduler else 'model'}'s?"
         raise ValueError(f"{argument} has no {' and no '.join(map(repr, absent))}, but {shown(list(file)[:5])}{hint}")
     groups, entries = file["param_groups"], file["state"]
     if not isinstance(groups, list | tuple):
@@ -151,10 +155,16 @@ def _unflattened(argument: str, file: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _equal(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-    """Whether two groups have equal hyperparameters. Values of any kind are equal if they look so."""
-    return settings.keys() == others.keys() and all(
-        shown(settings[key], 500) == shown(others[key], 500) for key in settings
-    )
+    """Whether two groups have equal hyperparameters. What cannot be compared is different."""
+    return settings.keys() == others.keys() and all(_is_same(settings[key], others[key]) for key in settings)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    try:
+        a, b = python_of("", value), python_of("", other)
+        return a is b or (type(a) is type(b) and bool(a == b))
+    except Exception:  # every kind of object may fail in its own way
+        return value is other
 
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -225,7 +235,8 @@ def keys_of(file: File, names: list[str]) -> dict[str, tuple[Any, int]]:
             f"{shown([len(group['params']) for group in file.groups])}; give the names of the optimizer's parameters "
             f"in its order, got {shown(names)}"
         )
-    extra = [key for key in file.entries if key not in set(keys)]
+    known = set(keys)
+    extra = [key for key in file.entries if key not in known]
     if extra:
         raise ValueError(
             f"{file.argument}['state'] has an entry {shown(extra[0])}, but no group has a parameter of that "
@@ -297,8 +308,8 @@ def step_of_entry(name: str, value: Any) -> int:
     step = python_of(what, value)
     if isinstance(step, bool) or not isinstance(step, int | float):
         raise TypeError(f"{what} must be a number, got {shown(step)}")
-    if not (0 <= step < 2**31 and step == int(step)):
-        raise ValueError(f"{what} must be a whole number from 0 to 2³¹ − 1, got {shown(step)}")
+    if not (0 <= step < 2**31 - 1 and step == int(step)):
+        raise ValueError(f"{what} must be a whole number from 0 to 2³¹ − 2, got {shown(step)}")
     if hasattr(value, "dtype") and step >= largest_count(dtype_of(value)):
         raise ValueError(
             f"{what} is {step:.0f}, where a counter of dtype {value.dtype} stops; put the number of updates, an int, "

@@ -156,9 +156,10 @@ def _updates_since_step(updates: int, epoch: int, size: int, given: int | None) 
     since = updates - epoch * size
     if not 0 <= since < size:
         raise ValueError(
-            f"step must be from {epoch * size} to {(epoch + 1) * size - 1}, since last_epoch is {epoch} and "
-            f"updates_per_step {size}, got {updates}; give updates_per_step, the updates from one scheduler.step() to "
-            "the next, or updates_since_step, those since the last one"
+            f"the optimizer has made {updates} updates and the scheduler {epoch} steps, which does not fit "
+            f"updates_per_step={size}: then step would be from {epoch * size} to {(epoch + 1) * size - 1}; give "
+            "updates_per_step, the updates from one scheduler.step() to the next, or updates_since_step, those since "
+            "the last one"
         )
     return since
 

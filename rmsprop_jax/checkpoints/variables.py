@@ -63,6 +63,10 @@ def real_array_of(where: str, slot: str, value: Any) -> np.ndarray:
     check_slot(where, slot, array)
     if not np.isfinite(array).all():
         raise ValueError(f"{where} is infinite somewhere; take a checkpoint from before the run diverged")
+    with np.errstate(over="ignore"):
+        rounded = array.astype(jnp.result_type(array))
+    if not np.isfinite(rounded).all():
+        raise ValueError(f"{where} has numbers that are infinite in {rounded.dtype}; switch jax_enable_x64 on")
     return array
 
 
