@@ -35,4 +35,8 @@ def test_ported_run_has_the_losses_of_the_run_that_stayed(tmp_path: Path) -> Non
     a, b = re.fullmatch(r"back in PyTorch, step 80: loss (\S+), and (\S+) by way of JAX", back).groups()
     assert float(a) == pytest.approx(float(b), abs=5e-6)
     assert float(re.fullmatch(r"largest difference of the parameters after it: (\S+)", parameters)[1]) < 5e-6
-    assert torch.load(tmp_path / "new" / "checkpoint.pt", weights_only=True).keys() == {"model", "optimizer"}
+    assert torch.load(tmp_path / "new" / "checkpoint.pt", weights_only=True).keys() == {
+        "model",
+        "optimizer",
+        "scheduler",
+    }

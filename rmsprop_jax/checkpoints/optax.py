@@ -205,7 +205,10 @@ class _Steps:
         for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
             name = tuple(part for part in leaf_name(path) if part != "value")
             is_counter = name in counters or (name[-1:] == ("count",) and any(name[: len(c)] == c for c in counters))
-            if is_counter and getattr(leaf, "shape", None) == () and jnp.issubdtype(leaf.dtype, jnp.integer):
+            is_number = isinstance(leaf, np.ndarray | np.generic | jax.Array) and not isinstance(
+                leaf, np.ma.MaskedArray
+            )
+            if is_counter and is_number and leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer):
                 self.outside.add(int(leaf))
 
     def of(self, own: Any, like: Any, where: str) -> np.ndarray:
@@ -531,7 +534,7 @@ def _array(value: Any, where: str) -> np.ndarray | jax.Array:
     """An array of JAX as it is; one of NumPy, or a number of Python, as an array of NumPy."""
     if isinstance(value, Mapping) and value.keys() == {"value"}:  # Flax's variable in a file that was restored alone
         value = value["value"]
-    if isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return value
     if isinstance(value, bool | float | complex) or (type(value) is int and abs(value) < 2**31):
         value = np.asarray(value, jnp.result_type(value))
