@@ -690,3 +690,12 @@ def test_wrapped_state_of_another_type():
             ["a"],
             dict,
         )
+
+
+def test_state_without_an_end_is_refused_where_flax_is_loaded():
+    pytest.importorskip("flax.nnx")  # whose variables are looked for in the whole state
+    endless = []
+    endless.append(endless)
+    like = {"state": {}, "param_groups": [{"params": [0], **GROUP}]}
+    with pytest.raises(ValueError, match=r"^state must not be nested deeper than 100"):
+        to_torch((rmsprop(0.1).init({"a": jnp.ones(2)}), endless), ["a"], dict, like=like, tensor=np.asarray)

@@ -22,6 +22,7 @@ from rmsprop_jax.checkpoints.rearrangement import Like, sources_of
 from rmsprop_jax.checkpoints.slots import SCHEDULE_COUNTS, SLOTS, Parameter, check_slot, largest_count
 from rmsprop_jax.state import (
     RMSPropState,
+    check_containers,
     find_states,
     is_absent,
     is_array,
@@ -324,6 +325,7 @@ def slots_by_name(
       >>> slots_by_name(state, lambda params: {"weight": params["kernel"]}, ["weight"])
       (0, {'weight': {'square_avg': array([0., 0.], dtype=float32)}})
     """
+    check_containers("state", state)
     step, trees = _step_and_slots(unboxed(state))
     leaves = _leaves(trees["square_avg"])
     for path, leaf in leaves:
