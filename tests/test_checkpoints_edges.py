@@ -699,3 +699,11 @@ def test_state_without_an_end_is_refused_where_flax_is_loaded():
     like = {"state": {}, "param_groups": [{"params": [0], **GROUP}]}
     with pytest.raises(ValueError, match=r"^state must not be nested deeper than 100"):
         to_torch((rmsprop(0.1).init({"a": jnp.ones(2)}), endless), ["a"], dict, like=like, tensor=np.asarray)
+
+
+def test_slots_in_other_empty_containers_are_refused_by_name():
+    state = rmsprop(0.1, momentum=0.9).init({"a": jnp.ones(2), "none": []})
+    state = state._replace(momentum_buffer={"a": jnp.ones(2), "none": {}})
+    like = {"state": {}, "param_groups": [{"params": [0], **GROUP, "momentum": 0.9}]}
+    with pytest.raises(ValueError, match=r"^the momentum_buffer of state must be in the containers"):
+        to_torch(state, ["a"], lambda p: {"a": p["a"]}, like=like, tensor=np.asarray)

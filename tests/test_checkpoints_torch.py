@@ -1167,7 +1167,8 @@ def test_place_of_a_part_is_named(good: dict[str, Any]) -> None:
 def test_two_states_of_the_same_parameters_are_refused(everything: tuple[Any, dict[str, Any]]) -> None:
     state, like = everything
     with pytest.raises(
-        ValueError, match=r"^state has two RMSPropStates that .* both have the leaf conv/bias; give the"
+        ValueError,
+        match=r"^the square_avg of state has two RMSPropStates that .* both have the leaf conv/bias; give the",
     ):
         to_torch((state, state), NAMES, from_params, like=like, tensor=torch.from_numpy)
 

@@ -142,7 +142,8 @@ def step_in_torch(case: str, file: Any, valid: Any = None) -> dict[str, np.ndarr
     for group in file["param_groups"]:
         group.pop("param_names", None)
         group.update(defaults)
-        group.update({key: float(x) for key, x in group.items() if type(x) is int})
+        is_number = {key: type(x) is int or (isinstance(x, np.ndarray) and x.size == 1) for key, x in group.items()}
+        group.update({key: float(x) for key, x in group.items() if is_number[key]})
     for entry in file["state"].values():
         entry.update({slot: as_double(x) for slot, x in entry.items()})
     optimizer.load_state_dict(file)
@@ -591,6 +592,7 @@ def outcome(call: Callable[[], dict[str, np.ndarray]]) -> Any:
 
 ALSO = {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer", "momentum": "momentum_buffer"}
 ALSO |= dict.fromkeys(("max_lr", "min_lr", "initial_lr"), "lr")
+ALSO |= {"base_momentum": "momentum", "max_momentum": "momentum", "param_names": "names"}
 ARGUMENTS = {"optimizer_state_dict", "state", "opt_state", "like", "config", "variables", "scheduler_state_dict"}
 ARGUMENTS |= {"param_groups", "names", "step"}
 
@@ -608,6 +610,7 @@ def words_of(change: Change) -> set[str]:
     words |= named or set(NAMES)  # what holds all parameters may be called by any of them
     words |= {"entry", "param"} if "params" in words else set()  # of a parameter that is in no group any more
     words |= {"junk"} if "neighbor" in change.what else set()
+    words |= {"group"} if "renamed to ''" in change.what else set()  # which has an empty key
     return words | (ARGUMENTS if len(change.path) < 3 else set())
 
 

@@ -347,7 +347,12 @@ def slots_by_name(
     for slot, tree in trees.items():
         if is_absent(tree):
             continue
-        column = structure.flatten_up_to(tree)
+        try:
+            column = structure.flatten_up_to(tree)
+        except ValueError:
+            raise ValueError(
+                f"the {slot} of state must be in the containers of its square_avg, as init gives it"
+            ) from None
         filled = [np.zeros_like(like) if is_absent(x) else np.asarray(x) for x, like in zip(column, likes, strict=True)]
         arrays = _arrays_by_name(from_params(jax.tree.unflatten(structure, filled)), names)
         for (name, array), (_, numbers) in zip(arrays.items(), sources, strict=True):
@@ -376,7 +381,7 @@ def _step_and_slots(state: optax.OptState) -> tuple[int, dict[str, chex.ArrayTre
             "the one at which the run continues"
         )
     columns = {slot: [_slot_or_masks(part, slot) for part in parts.values()] for slot in SLOTS}
-    return max(steps), {slot: merge_trees("state", column) for slot, column in columns.items()}
+    return max(steps), {slot: merge_trees(f"the {slot} of state", column) for slot, column in columns.items()}
 
 
 def _slot_or_masks(part: RMSPropState, slot: str) -> chex.ArrayTree | None:

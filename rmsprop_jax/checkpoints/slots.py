@@ -161,6 +161,8 @@ def check_slot(where: str, slot: str, value: Any) -> None:
     is_array = isinstance(value, np.ndarray | np.generic | jax.Array)
     if not (is_array and jnp.issubdtype(value.dtype, jnp.inexact)):
         raise TypeError(f"{where} must be a floating or complex array, got {getattr(value, 'dtype', shown(value))}")
+    if value.dtype.kind == "V" and not value.dtype.isnative:  # a bfloat16, for which NumPy has no swap
+        raise TypeError(f"{where} must be in this machine's byte order, got {value.dtype}")
     array = np.asarray(value)
     if np.isnan(array).any():
         raise ValueError(
