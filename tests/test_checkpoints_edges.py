@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rmsprop_jax import dialects, rmsprop
-from rmsprop_jax.checkpoints import from_optax, from_torch, to_optax, to_torch
+from rmsprop_jax.checkpoints import from_optax, from_torch, schedules_of, to_optax, to_torch
 from rmsprop_jax.checkpoints.named import build_optimizer
 from rmsprop_jax.checkpoints.rearrangement import Like, sources_of
 from rmsprop_jax.checkpoints.slots import Parameter, variance
@@ -707,3 +707,12 @@ def test_slots_in_other_empty_containers_are_refused_by_name():
     like = {"state": {}, "param_groups": [{"params": [0], **GROUP, "momentum": 0.9}]}
     with pytest.raises(ValueError, match=r"^the momentum_buffer of state must be in the containers"):
         to_torch(state, ["a"], lambda p: {"a": p["a"]}, like=like, tensor=np.asarray)
+
+
+def test_sequence_of_schedulers_without_its_own_epoch_is_refused():
+    optimizer = torch.optim.RMSprop([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    file = torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [5]).state_dict()
+    del file["last_epoch"]
+    with pytest.raises(ValueError, match=r"has no 'last_epoch'"):
+        schedules_of(file, optimizer.state_dict()["param_groups"], step=0)

@@ -96,7 +96,7 @@ class File(NamedTuple):
         """The scheduler's own epoch; that of its first one if it is a ChainedScheduler, which has none."""
         if not self.begun:
             return 0
-        is_chained = "last_epoch" not in self.items and "_schedulers" in self.items
+        is_chained = "_schedulers" in self.items and not {"last_epoch", "_milestones"} & set(self.items)
         return self.parts("_schedulers")[0].epoch() if is_chained else self.count("last_epoch", least=0)
 
 
