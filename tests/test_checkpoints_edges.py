@@ -329,20 +329,13 @@ def test_missing_slot_starts_as_its_own_group_starts():
     ]
 
 
-def test_missing_slot_starts_in_the_precision_of_its_parameter():
-    jax.config.update("jax_enable_x64", True)
-    try:
-        p = [Parameter("a", 0, (2,), np.dtype(np.float64), None, {})]
-        _, state = build_optimizer(p, dict, [dialects.optax(0.1, initial_scale=0.1)])
-        assert float(state.square_avg["a"][0]) == 0.1
-    finally:
-        jax.config.update("jax_enable_x64", False)
+def test_missing_slot_starts_in_the_precision_of_its_parameter(x64):
+    p = [Parameter("a", 0, (2,), np.dtype(np.float64), None, {})]
+    _, state = build_optimizer(p, dict, [dialects.optax(0.1, initial_scale=0.1)])
+    assert float(state.square_avg["a"][0]) == 0.1
 
 
 def test_nan_around_the_rmsprop_is_no_value_of_the_parameters():
-    tx = optax.chain(
-        rmsprop(0.1), optax.GradientTransformation(lambda p: {"best": jnp.nan}, lambda u, s, p=None: (u, s))
-    )
     tx = optax.chain(
         rmsprop(0.1), optax.GradientTransformation(lambda p: {"best": jnp.array(jnp.nan)}, lambda u, s, p=None: (u, s))
     )
@@ -375,7 +368,8 @@ def test_check_containers():
         find_states("state", {"x": {1: 0, "b": 0}})
 
 
-# ---- optax
+# --- Optax -----------------------------------------------------------------------------------------------------
+
 PLAIN = {"w": jnp.ones(2)}
 
 
