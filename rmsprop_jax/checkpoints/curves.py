@@ -56,7 +56,8 @@ def between(low: float, high: float, share: Curve) -> Curve:
 
 def table(values: Sequence[float] | np.ndarray) -> Curve:
     """``values[epoch]``, and NaN where they end."""
-    return lambda epoch: jnp.asarray(values, float).at[epoch].get(mode="fill", fill_value=jnp.nan)
+    numbers = np.asarray(values, np.float64)  # once, since there may be many
+    return lambda epoch: jnp.asarray(numbers, float).at[epoch].get(mode="fill", fill_value=jnp.nan)
 
 
 def _cosine(left: jax.Array) -> jax.Array:

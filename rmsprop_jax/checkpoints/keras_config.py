@@ -6,6 +6,7 @@ which order.
 Source: Keras 3.15, ``keras/src/optimizers/rmsprop.py`` and ``base_optimizer.py`` (``get_config``, ``build``).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -224,7 +225,7 @@ def check_paths(paths: Sequence[str]) -> None:
     Raises:
       ValueError: with the path. Keras makes one path of the parameters ``a/b_c`` and ``a_b/c``.
     """
-    twice = next((path for path in paths if paths.count(path) > 1), None)
+    twice = next((path for path, number in Counter(paths).items() if number > 1), None)
     if twice is not None:
         raise ValueError(
             f"two variables of the optimizer have the path {twice!r}, so that a dict by path holds only one of them; "
