@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _INT32_MAX = 2**31 - 1  # what a step counter can reach
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # XLA treats what is smaller as 0
@@ -119,14 +120,14 @@ def check_eps(name: str, value: Any) -> Any:
     return checked
 
 
-def check_count(name: str, value: Any) -> int:
-    """Returns a whole number from 1 to 2³¹ − 1, what a step counter can reach, as an int.
+def check_count(name: str, value: Any, at_least: int = 1) -> int:
+    """Returns a whole number from ``at_least`` to 2³¹ − 1, what a step counter can reach, as an int.
 
     Raises:
       ValueError: if the number is out of range.
       TypeError: if ``value`` is not a whole number. A float or a tracer is not one, whatever its value.
     """
-    allowed = "a whole number from 1 to 2³¹ − 1"
+    allowed = f"a whole number from {at_least} to 2³¹ − 1"
     if isinstance(value, jax.core.Tracer):
         raise TypeError(f"{name} must be {allowed} that is known when the transformation is built, got a tracer")
     is_array = isinstance(value, np.ndarray) or (isinstance(value, jax.Array) and _is_concrete(value))
@@ -135,7 +136,7 @@ def check_count(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be {allowed}, {_got(value)}{_hint_at_init(value)}")
     count = int(value)
-    if not 1 <= count <= _INT32_MAX:
+    if not at_least <= count <= _INT32_MAX:
         raise ValueError(f"{name} must be {allowed}, {_got(value)}")
     return count
 
@@ -161,6 +162,17 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, {_got(value)}")
     return bool(value)
+
+
+def check_transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns an Optax transformation as one that takes keyword arguments.
+
+    Raises:
+      TypeError: if ``value`` has no ``init`` and ``update``.
+    """
+    if not callable(getattr(value, "init", None)) or not callable(getattr(value, "update", None)):
+        raise TypeError(f"{name} must be an Optax gradient transformation, such as rmsprop(0.01), {_got(value)}")
+    return optax.with_extra_args_support(value)
 
 
 def check_mask(name: str, value: Any) -> Any:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from rmsprop_jax.arguments import (
@@ -41,6 +40,7 @@ from rmsprop_jax.equations import (
     decay_weights_decoupled,
     divide_eps_inside,
 )
+from rmsprop_jax.placement import new_counter
 from rmsprop_jax.state import (
     Answer,
     RMSPropState,
@@ -363,7 +363,7 @@ def _initial_state(algorithm: Algorithm, initial_scale: chex.Numeric, params: op
         return jax.tree.map(lambda p: _new_slot(p, value, dtype) if is_trainable(p) else None, params)
 
     return RMSPropState(
-        step=_new_counter(params),
+        step=new_counter(params),
         square_avg=slots("square_avg", initial_scale),
         grad_avg=slots("grad_avg", 0.0),
         momentum_buffer=slots("momentum_buffer", 0.0),
@@ -378,20 +378,6 @@ def _new_slot(param: Any, value: chex.Numeric, accumulator_dtype: np.dtype | Non
         value = jax.lax.complex(real, real)
     slot: jax.Array = jnp.full_like(param, value, dtype=dtype)  # takes over the sharding of param
     return slot
-
-
-def _new_counter(params: optax.Params) -> jax.Array:
-    """Zero on the devices of ``params``, replicated on their mesh. Elsewhere, the step would be compiled twice."""
-    step = jnp.zeros((), jnp.int32)
-    for leaf in jax.tree.leaves(params):
-        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        elif not (isinstance(sharding, SingleDeviceSharding) and getattr(leaf, "committed", False)):
-            continue
-        placed: jax.Array = jax.device_put(step, sharding)
-        return placed
-    return step
 
 
 # --- Which parameters are trained, and which decay -----------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import diagnostics, figures
-from rmsprop_jax.arguments import check_count
+from rmsprop_jax.arguments import check_count, check_transformation
 from rmsprop_jax.state import Settings, find_states
 
 __all__ = ["RecordStatisticsState", "RecordedStatistics", "record_statistics"]
@@ -172,7 +172,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
       10: 0.044 1.014
     """
     every = check_count("every", every)
-    asked, inner = inner, optax.with_extra_args_support(inner)
+    asked, inner = inner, check_transformation("inner", inner)
 
     def init(params: optax.Params) -> RecordStatisticsState:
         inner_state = inner.init(params)

@@ -1,0 +1,439 @@
+"""In what precision does the state of an optimizer rest between two steps? For any Optax transformation.
+
+Read from the top down: the transformation that keeps the state of another one in 16 or 8 bits; its state in float32,
+and back; parameters in half precision; which slots are encoded, and how. ``codes`` has the arithmetic of one array.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rmsprop_jax import codes
+from rmsprop_jax.arguments import check_count, check_transformation, shown
+from rmsprop_jax.codes import HALF, Encoded, is_encoded
+from rmsprop_jax.placement import new_counter
+
+__all__ = ["CompressState", "Encoded", "apply_updates", "compress", "decode", "encode"]
+
+Kind = Literal["square", "signed", "full"]
+
+# What the fields of known states hold: Optax's, ours, and torch's names, which ports keep.
+_SQUARES = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "square_avg", "exp_avg_sq")
+_SIGNED = ("mu", "trace", "grad_avg", "momentum_buffer", "exp_avg")
+_FIELDS: dict[str, Kind] = {**dict.fromkeys(_SQUARES, "square"), **dict.fromkeys(_SIGNED, "signed")}
+_CODES = {"square": jnp.dtype(jnp.uint8), "signed": jnp.dtype(jnp.int8)}
+_SHORTEST_ROW = 8  # the scale of a shorter row would need half as many bytes as its codes, or more
+
+
+class CompressState(NamedTuple):
+    """The state of :func:`compress`.
+
+    Attributes:
+      step: number of updates so far, an int32 scalar. The rounding depends on it.
+      inner_state: the state of the transformation inside, with an :class:`Encoded` in place of every array that rests
+        in 16 or 8 bits.
+    """
+
+    step: chex.Array
+    inner_state: optax.OptState
+
+
+jax.export.register_namedtuple_serialization(CompressState, serialized_name="rmsprop_jax.CompressState")
+
+
+# --- The transformation --------------------------------------------------------------------------------------
+
+
+def compress(
+    inner: optax.GradientTransformation,
+    bits: int = 8,
+    *,
+    min_size: int = 4096,
+    slots: Mapping[str, Kind] | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner``, with its state in 8 or 16 bits between the steps.
+
+    In a step, every array that ``inner`` keeps like a parameter is decoded to float32, updated by ``inner``, and
+    encoded again::
+
+        slot   = decode(code)                  float32
+        slot   ← inner's update                float32
+        code   ← slot + noise, truncated       8 or 16 bits; the mean of decode(code) is the slot
+
+    The noise rounds up or down such that nothing is lost on average. An average that is rounded to the nearest stops
+    moving as soon as its changes are smaller than half the distance between two codes.
+
+    ======  ==========================  ===================================================  ===============
+    bits    slots                       code                                                 bytes per value
+    ======  ==========================  ===================================================  ===============
+    16      all                         bfloat16                                             2
+    8       averages of squares         5 exponent and 3 mantissa bits, a scale for each     1 + 4/row
+                                        row of the last axis
+    8       with a sign                 sign, 3 exponent and 4 mantissa bits, a scale for    1 + 4/row
+                                        each row of the last axis
+    ======  ==========================  ===================================================  ===============
+
+    What a slot holds is read off the name of its field in the state: ``nu`` or ``square_avg`` are squares, ``mu``,
+    ``trace`` or ``momentum_buffer`` have a sign. A field with an unknown name is refused until ``slots`` says what it
+    holds. Nothing is encoded that is not like a parameter, such as a step; nor arrays with fewer than ``min_size``
+    elements or fewer than 8 in a row, nor complex ones.
+
+    Eight bits hold a square to about ±6 % and an average of squares to about ±9 %, down to 4e9 below the largest of its
+    row (6e4 in the gradient). Below that, an element is held as if it were larger, and takes smaller steps.
+    ``diagnostics.statistics`` counts such elements. An element without gradients drifts while others of its row have
+    some: with alpha 0.99 by −9 % after 600 steps. With a non-finite gradient, an element keeps its code, and its row its
+    scale. The update itself is not finite then, as without ``compress``.
+
+    Wrap the transformation that has the averages: ``optax.chain(optax.clip(1.0), compress(rmsprop(0.01)))``. Outside
+    may be ``optax.masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``, ``inject_hyperparams`` and
+    ``recorder.record_statistics``. What has no average should not be inside: ``MultiSteps`` would encode the
+    accumulated gradients.
+
+    Args:
+      inner: any Optax transformation. Its arithmetic is that of float32 slots. (``accumulator_dtype`` of
+        :func:`rmsprop_jax.rmsprop` has to be left out, or float32 for parameters in float64.)
+      bits: 8 or 16.
+      min_size: the number of elements from which an array is encoded. In most models all small arrays together are
+        less than 1 % of the parameters.
+      slots: what the fields of a state hold, by name: ``"square"``, ``"signed"``, or ``"full"`` for one that is not
+        encoded. It comes before the known names.
+      seed: a whole number; another one gives another noise. No random key is needed: the noise is a hash of the
+        position, the step and the seed, and the same on one device and on many.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`CompressState`, a tree of arrays that can
+      be jitted, donated, sharded and saved like any other. To resume from it gives the same bits. ``init`` under
+      ``jax.jit`` never holds the float32 state. The state has no derivative; to ask for one is a TypeError.
+
+    Raises:
+      ValueError: if ``bits``, ``min_size``, ``seed`` or a value of ``slots`` is not allowed; at ``init`` if the state
+        has a field with an unknown name, or a slot in float64; at ``update`` if the state is not what ``init`` gives.
+      TypeError: if ``inner`` is not a transformation, or a number not a whole one.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import rmsprop, storage
+      >>> params = {"kernel": jnp.ones((256, 512)), "bias": jnp.zeros(512)}
+      >>> optimizer = storage.compress(rmsprop(lr=0.01, momentum=0.9))
+      >>> state = optimizer.init(params)
+      >>> for name in ("square_avg", "momentum_buffer"):
+      ...     kernel, bias = (getattr(state.inner_state, name)[leaf] for leaf in ("kernel", "bias"))
+      ...     print(name, kernel.codes.dtype, kernel.scale.shape, bias.dtype)
+      square_avg uint8 (256,) float32
+      momentum_buffer int8 (256,) float32
+      >>> of_float32 = rmsprop(lr=0.01, momentum=0.9).init(params)
+      >>> size = lambda state: sum(x.nbytes for x in jax.tree.leaves(state))
+      >>> print(f"{size(state) / size(of_float32):.3f}")
+      0.255
+
+    Source:
+      The codes are ours (``benchmarks/NOTES.md``). Stochastic rounding: G. Forsythe, "Round-off errors in numerical
+      integration on automatic machinery" (1950). 8-bit optimizer states: T. Dettmers et al., arXiv:2110.02861.
+    """
+    inner = check_transformation("inner", inner)
+    rules = _Rules(_checked_bits(bits), check_count("min_size", min_size), _checked_fields(slots))
+    seed = check_count("seed", seed, at_least=0)
+
+    def init(params: optax.Params) -> CompressState:
+        inner_state = inner.init(params)
+        leaves, structure = jax.tree.flatten(inner_state)
+        dtypes = rules.code_dtypes(inner_state, params)
+        zeros = [x if dtype is None else codes.nothing(x, dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+        return CompressState(new_counter(params), _encoded(inner_state, jax.tree.unflatten(structure, zeros)))
+
+    def update(
+        updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, CompressState]:
+        rules.check_state(state, updates)
+        done, inner_state = inner.update(updates, decode(state.inner_state), params, **extra_args)
+        return done, CompressState(
+            step=optax.safe_increment(state.step),
+            inner_state=_encoded(inner_state, state.inner_state, (state.step, seed)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- In float32, and back ------------------------------------------------------------------------------------
+
+
+def decode(opt_state: optax.OptState) -> optax.OptState:
+    """The same state with float32 arrays in place of the encoded ones.
+
+    ``diagnostics``, ``summary``, ``plotting`` and ``checkpoints`` do this themselves.
+
+    Args:
+      opt_state: any optimizer state with any number of :class:`Encoded`, or none.
+
+    Returns:
+      The same tree, a :class:`CompressState` included, with a float32 array for each :class:`Encoded`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import rmsprop, storage
+      >>> params = jnp.ones((64, 64))
+      >>> optimizer = storage.compress(rmsprop(alpha=0.75))
+      >>> _, state = optimizer.update(jnp.full((64, 64), 4.0), optimizer.init(params))
+      >>> print(state.inner_state.square_avg.codes[0, 0], storage.decode(state).inner_state.square_avg[0, 0])
+      255 4.0
+    """
+    leaves, structure = jax.tree.flatten(opt_state, is_leaf=is_encoded)
+    arrays = iter(_decode_all([x for x in leaves if is_encoded(x)]))
+    return jax.tree.unflatten(structure, [next(arrays) if is_encoded(x) else x for x in leaves])
+
+
+def encode(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
+    """The state ``opt_state`` with its arrays encoded where those of ``like`` are: the inverse of :func:`decode`.
+
+    Every number is rounded to the nearest code, so what was decoded gets the same codes again, and scales that are
+    equal up to rounding.
+
+    Args:
+      opt_state: a state with float32 arrays, as :func:`decode` returns it.
+      like: a state of the same structure with :class:`Encoded` in it: ``compress(...).init(params)``.
+
+    Returns:
+      A tree like ``like``, with the numbers of ``opt_state``.
+
+    Raises:
+      ValueError: if the structures or the shapes differ, or if an array to be encoded is not finite. (Traced values
+        pass unchecked.)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rmsprop_jax import rmsprop, storage
+      >>> params = jnp.ones((64, 64))
+      >>> plain, optimizer = rmsprop(0.01), storage.compress(rmsprop(0.01))
+      >>> _, state = plain.update(params, plain.init(params))  # 8 bits from here on:
+      >>> like = optimizer.init(params)
+      >>> state = storage.encode(like._replace(step=state.step, inner_state=state), like)
+      >>> print(state.step, state.inner_state.square_avg.codes.dtype)
+      1 uint8
+    """
+    _check_like(opt_state, like)
+    return _encoded(opt_state, like)
+
+
+def _check_like(opt_state: optax.OptState, like: optax.OptState) -> None:
+    given = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_encoded)
+    wanted = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_encoded)
+    if given[1] != wanted[1]:
+        names = [[jax.tree_util.keystr(path) for path, _ in leaves] for leaves, _ in (given, wanted)]
+        different = next((pair for pair in zip(*names, strict=False) if pair[0] != pair[1]), None)
+        where = (
+            f"{different[0]} is {different[1]} there" if different else f"{len(names[0])} leaves are {len(names[1])}"
+        )
+        raise ValueError(f"opt_state must have the structure of like, but {where}; give like as init returns it")
+    for (path, x), (_, old) in zip(given[0], wanted[0], strict=True):
+        if not is_encoded(old):
+            continue
+        name = f"opt_state{jax.tree_util.keystr(path)}"
+        if np.shape(x) != old.shape:
+            raise ValueError(f"{name} must have the shape {old.shape} of like, got {np.shape(x)}")
+        if is_encoded(x):
+            raise ValueError(f"{name} is encoded already; decode it first: encode(decode(opt_state), like)")
+        if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity, which no code can hold")
+
+
+# --- Parameters in half precision ----------------------------------------------------------------------------
+
+
+def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numeric, *, seed: int = 0) -> optax.Params:
+    """``optax.apply_updates`` for parameters in bfloat16 or float16, without a copy of them in float32.
+
+    The sum is taken in float32 and rounded up or down at random such that its mean is right::
+
+        param ← param + update       rounded to one of its two neighbors, the nearer one the more often
+
+    Rounded to the nearest, an update is lost as soon as it is smaller than half the distance between two numbers of the
+    dtype, which in bfloat16 is 0.2 to 0.4 % of the parameter. Leaves of other dtypes are updated as
+    ``optax.apply_updates`` does it.
+
+    Args:
+      params: a tree of parameters.
+      updates: a tree like ``params``. Where it has ``None``, the parameter stays as it is.
+      step: number of updates so far, an int32 scalar or an int; another one in every step. The noise depends on it:
+        ``storage.apply_updates(params, updates, state.step)``.
+      seed: a whole number; another one gives another noise.
+
+    Returns:
+      The new parameters, with the dtypes of ``params``.
+
+    Raises:
+      ValueError: if ``updates`` are not like ``params``, or ``seed`` is negative.
+      TypeError: if ``step`` is not a whole number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from rmsprop_jax import storage
+      >>> stochastic = nearest = jnp.ones(1000, jnp.bfloat16)
+      >>> for step in range(100):
+      ...     updates = jnp.full(1000, 0.001)
+      ...     stochastic = storage.apply_updates(stochastic, updates, step)
+      ...     nearest = optax.apply_updates(nearest, updates)
+      >>> print(f"{stochastic.astype(float).mean():.2f} {nearest.astype(float).mean():.2f}")  # 1 + 100 · 0.001
+      1.10 1.00
+    """
+    seed = check_count("seed", seed, at_least=0)
+    step = jnp.asarray(step)
+    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
+        raise TypeError(f"step must be a whole number, the number of updates so far, got {shown(step)}")
+    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
+    parts = structure.flatten_up_to(updates)
+    moved = [
+        p if p is None or u is None else _moved(p, u, step, _salt(seed, i, stream=1))
+        for i, (p, u) in enumerate(zip(leaves, parts, strict=True))
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+@jax.jit
+def _moved(p: jax.Array, u: jax.Array, step: jax.Array, salt: np.uint32) -> jax.Array:
+    p = jnp.asarray(p)
+    if p.dtype not in (jnp.bfloat16, jnp.float16):
+        return jnp.asarray(optax.apply_updates(p, u))
+    exact = p.astype(jnp.float32) + jnp.asarray(u, jnp.float32)
+    noise = codes.dither(exact.shape, step, salt)
+    return jnp.where(jnp.isfinite(exact), codes.rounded(exact, p.dtype, noise), exact.astype(p.dtype))
+
+
+# --- Which slots are encoded, and how --------------------------------------------------------------------------
+
+
+class _Rules(NamedTuple):
+    """What :func:`compress` was told.
+
+    Attributes:
+      bits: 8 or 16.
+      min_size: the number of elements from which an array is encoded.
+      fields: what a field of a state holds, by name.
+    """
+
+    bits: int
+    min_size: int
+    fields: Mapping[str, Kind]
+
+    def code_dtypes(self, inner_state: Any, params: Any) -> Iterator[np.dtype | None]:
+        """For each leaf of a state the dtype of its codes; ``None`` if it is not encoded."""
+        shapes = {path: np.shape(p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+        for path, x in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_encoded):
+            field = _field(path, x, shapes)
+            yield None if field is None else self._code_dtype(path, x, field)
+
+    def _code_dtype(self, path: Any, x: Any, field: str) -> np.dtype | None:
+        shape = np.shape(x)
+        is_large = math.prod(shape) >= self.min_size and shape[-1:] >= (_SHORTEST_ROW,)
+        if not is_large or not jnp.issubdtype(x.dtype, jnp.floating) or self.fields.get(field) == "full":
+            return None
+        name = f"state.inner_state{jax.tree_util.keystr(path)}"
+        if jnp.finfo(x.dtype).bits > 32:
+            raise ValueError(
+                f"{name} must be float32 or narrower, got {x.dtype}; keep it so with slots={{{field!r}: 'full'}}, or "
+                "build the transformation inside with accumulator_dtype='float32'"
+            )
+        if self.bits == 16:
+            return jnp.dtype(jnp.bfloat16)
+        if field not in self.fields:
+            raise ValueError(
+                f"{name} is in a field of unknown meaning, {field}; say what it holds, for example "
+                f"slots={{{field!r}: 'signed'}}, or 'square' for an average of squares, or 'full' to keep it as it is"
+            )
+        return _CODES[self.fields[field]]
+
+    def check_state(self, state: Any, updates: optax.Updates) -> None:
+        """Raises at the first array that does not rest as ``init`` would have put it to rest."""
+        if not isinstance(state, CompressState):
+            raise ValueError(
+                f"state must be the CompressState that init returned, got {type(state).__name__}; take it out of the "
+                "state of a chain, and restore a checkpoint into what init returns"
+            )
+        leaves = jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=is_encoded)
+        for (path, x), dtype in zip(leaves, self.code_dtypes(state.inner_state, updates), strict=True):
+            found = x.codes.dtype if is_encoded(x) else None
+            if dtype is not None and found != dtype:
+                raise ValueError(
+                    f"state.inner_state{jax.tree_util.keystr(path)} is in {found or x.dtype}, but init encodes it in "
+                    f"{dtype}; call storage.encode(storage.decode(state), init(params))"
+                )
+
+
+def _field(path: Any, x: Any, shapes: Mapping[Any, tuple[int, ...]]) -> str | None:
+    """The field of a state whose subtree is like the parameters and has ``x`` as a leaf; ``None`` if there is none.
+
+    A slot has the shape of a parameter, and its path ends with that of the parameter.
+    """
+    for start in range(len(path)):
+        rest = path[start + 1 :]
+        if rest in shapes and shapes[rest] == np.shape(x):
+            return jax.tree_util.keystr(path[start : start + 1], simple=True)
+    return None
+
+
+def _checked_bits(bits: Any) -> int:
+    if isinstance(bits, bool) or bits not in (8, 16):
+        raise ValueError(f"bits must be 8 or 16, got {shown(bits)}")
+    return int(bits)
+
+
+def _checked_fields(slots: Any) -> dict[str, Kind]:
+    if slots is not None and not isinstance(slots, Mapping):
+        raise TypeError(f"slots must be a dict such as {{'nu': 'square'}}, got {shown(slots)}")
+    for field, holds in (slots or {}).items():
+        if not isinstance(field, str) or holds not in ("square", "signed", "full"):
+            raise ValueError(
+                f"slots must say 'square', 'signed' or 'full' for names of fields, got {shown(holds)} for {shown(field)}"
+            )
+    return _FIELDS | dict(slots or {})
+
+
+# --- All arrays of a state in one call -------------------------------------------------------------------------
+
+
+def _encoded(state: optax.OptState, like: optax.OptState, at: tuple[jax.Array, int] | None = None) -> optax.OptState:
+    """``state`` encoded where ``like`` is: with the noise of a step and a seed, or rounded to the nearest."""
+    olds, structure = jax.tree.flatten(like, is_leaf=is_encoded)
+    leaves = structure.flatten_up_to(state)
+    places = [i for i, old in enumerate(olds) if is_encoded(old)]
+    step, seed = at or (None, 0)
+    salts = [_salt(seed, i) for i in range(len(places))]
+    for i, encoded in zip(places, _encode_all([leaves[i] for i in places], [olds[i] for i in places], step, salts)):
+        leaves[i] = encoded
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _salt(seed: int, i: int, stream: int = 0) -> np.uint32:
+    """Where the noise of array number ``i`` starts; slots and parameters have streams of their own."""
+    return np.uint32((seed * 0x9E3779B1 + i * 0x85EBCA77 + (stream + 1) * 0xC2B2AE3D) % 2**32)
+
+
+@jax.jit
+def _encode_all(
+    arrays: Sequence[jax.Array], before: Sequence[Encoded], step: jax.Array | None, salts: Sequence[jax.Array]
+) -> list[Encoded]:
+    return [_encode(x, old, step, salt) for x, old, salt in zip(arrays, before, salts, strict=True)]
+
+
+@jax.jit
+def _encode(x: jax.Array, before: Encoded, step: jax.Array | None, salt: jax.Array) -> Encoded:
+    """Jitted separately, so that arrays of equal shape are traced and lowered once."""
+    noise = HALF if step is None else codes.dither(before.shape, step, salt)
+    return codes.encode(x, before, noise)
+
+
+@jax.jit
+def _decode_all(arrays: Sequence[Encoded]) -> list[jax.Array]:
+    return [_decode(x) for x in arrays]
+
+
+_decode = jax.jit(codes.decode)
