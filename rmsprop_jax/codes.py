@@ -6,15 +6,15 @@ A code says by its dtype what it is, so that encoded arrays need no description 
 
 - ``uint8``: a square. A float of 5 exponent and 3 mantissa bits on a scale for each row. 0 is 0. A row spans 4e9,
   which is 6e4 in the gradients.
-- ``int8``: a number with a sign. Its magnitude is a float of 3 exponent and 4 mantissa bits on a scale for each row. The
-  smallest 16 of them are evenly spaced down to 0.
+- ``int8``: a number with a sign. Its magnitude is a float of 3 exponent and 4 mantissa bits on a scale for each row.
+  The smallest 16 of them are evenly spaced, down to 0.
 - ``bfloat16``: the number itself.
 
 A row is what lies along the last axis. Nothing is reshaped, so rows that are spread over devices stay where they are.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,6 +54,16 @@ def is_encoded(x: object) -> bool:
     return isinstance(x, Encoded)
 
 
+def is_sound(encoded: Encoded) -> bool:
+    """Whether codes and scale belong together."""
+    values: Any = encoded.codes
+    scale: Any = encoded.scale
+    if getattr(values, "dtype", None) == jnp.bfloat16:
+        return scale is None
+    is_known = getattr(values, "dtype", None) in (jnp.uint8, jnp.int8) and values.ndim > 0
+    return is_known and getattr(scale, "dtype", None) == jnp.float32 and values.shape[:-1] == scale.shape
+
+
 class _Float(NamedTuple):
     """A small float in the upper bits of a float32.
 
@@ -80,13 +90,13 @@ _SMALLEST_SCALE, _LARGEST_MAXIMUM = 1e-36, 1e37
 # --- Into codes, and out of them -----------------------------------------------------------------------------
 
 
-def nothing(x: jax.Array, dtype: np.dtype) -> Encoded:
-    """Zeros like ``x`` in codes of ``dtype``."""
-    scale = None if dtype == jnp.bfloat16 else jnp.zeros_like(x[..., 0], jnp.float32)
-    return Encoded(jnp.zeros_like(x, dtype), scale)
+def nothing(x: chex.Array, dtype: np.dtype) -> Encoded:
+    """Zeros in codes of ``dtype``, with the shape and the sharding of ``x``."""
+    rows = None if dtype == jnp.bfloat16 else jnp.zeros_like(jnp.max(x, axis=-1), jnp.float32)
+    return Encoded(jnp.zeros_like(x, dtype), rows)
 
 
-def encode(x: jax.Array, before: Encoded, noise: jax.Array) -> Encoded:
+def encode(x: jax.Array, before: Encoded, noise: chex.Numeric) -> Encoded:
     """``x`` in the kind of codes of ``before``.
 
     An element that is not finite keeps its code of ``before``, and its row the scale of ``before``. In a row without
@@ -116,7 +126,7 @@ def decode(encoded: Encoded) -> jax.Array:
     codes = encoded.codes.astype(jnp.int32)
     size = _float(jnp.abs(codes) + kind.first << kind.dropped) - kind.offset
     size = jnp.where(codes < 0, -size, size) if kind is _SIGNED else jnp.where(codes == 0, 0.0, size)
-    return size * encoded.scale[..., None]
+    return jnp.asarray(size * encoded.scale[..., None])
 
 
 def decoded(x: chex.Array | Encoded) -> chex.Array:
@@ -124,29 +134,32 @@ def decoded(x: chex.Array | Encoded) -> chex.Array:
     return decode(x) if is_encoded(x) else x
 
 
-def _square(y: jax.Array, noise: jax.Array) -> jax.Array:
+def _square(y: jax.Array, noise: chex.Numeric) -> jax.Array:
     """The code of a square up to 1.875. What is not 0 does not become 0, since a root would be divided by."""
     codes = jnp.clip(_truncated(y, _SQUARE, noise), 1, 255)
     return jnp.where(y > 0, codes, 0).astype(jnp.uint8)
 
 
-def _signed(y: jax.Array, noise: jax.Array) -> jax.Array:
+def _signed(y: jax.Array, noise: chex.Numeric) -> jax.Array:
     codes = jnp.clip(_truncated(jnp.abs(y) + _SIGNED.offset, _SIGNED, noise), 0, 127)
     return jnp.where(y < 0, -codes, codes).astype(jnp.int8)
 
 
-def _truncated(y: jax.Array, kind: _Float, noise: jax.Array) -> jax.Array:
-    """``y ≥ 0`` with as much noise as the dropped bits hold, and then without them: unbiased, since floats are linear
-    between two powers of 2."""
+def _truncated(y: jax.Array, kind: _Float, noise: chex.Numeric) -> jax.Array:
+    """``y ≥ 0`` with as much noise as the dropped bits hold, and then without them.
+
+    That is unbiased, since floats are linear between two powers of 2.
+    """
     bits = jax.lax.bitcast_convert_type(y, jnp.int32)
-    return (bits + (noise >> 32 - kind.dropped).astype(jnp.int32) >> kind.dropped) - kind.first
+    noise = (noise >> 32 - kind.dropped).astype(jnp.int32)
+    return jnp.asarray((bits + noise >> kind.dropped) - kind.first)
 
 
 def _float(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def rounded(x: jax.Array, dtype: np.dtype, noise: jax.Array) -> jax.Array:
+def rounded(x: jax.Array, dtype: np.dtype, noise: chex.Numeric) -> jax.Array:
     """A finite float32 array in ``bfloat16`` or ``float16``, rounded up or down at random such that the mean is ``x``.
 
     Numbers below the normal ones of float16 are rounded to the nearest.
@@ -164,8 +177,8 @@ def _without_derivative(x: jax.Array) -> jax.Array:
 @_without_derivative.defjvp
 def _refuse_derivative(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     raise TypeError(
-        "a state in 8 or 16 bits has no derivative, got one asked for; differentiate through the transformation without "
-        "storage.compress, or keep the update out with jax.lax.stop_gradient"
+        "a state in 8 or 16 bits has no derivative, but one was asked for; differentiate through the transformation "
+        "without storage.compress, or keep the update out with jax.lax.stop_gradient"
     )
 
 
@@ -209,7 +222,7 @@ def _both_extremes(x: jax.Array) -> jax.Array:
 # --- The dither ----------------------------------------------------------------------------------------------
 
 
-def dither(shape: tuple[int, ...], step: jax.Array, salt: jax.Array) -> jax.Array:
+def dither(shape: tuple[int, ...], step: jax.Array, salt: chex.Numeric) -> jax.Array:
     """Evenly distributed uint32 numbers, the same on every layout of devices.
 
     ::
@@ -231,7 +244,7 @@ def _positions(shape: tuple[int, ...]) -> jax.Array:
     return functools.reduce(jnp.add, steps)
 
 
-def _hash(x: jax.Array) -> jax.Array:
+def _hash(x: Any) -> Any:
     """A bijection of uint32 without visible structure: "lowbias32" of C. Wellons, Hash Prospector."""
     x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
     x = (x ^ x >> 15) * np.uint32(0x846CA68B)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rmsprop_jax import codes
 from rmsprop_jax.state import RMSPropState, componentwise, widened
 
 TOTAL = "total"  # the key of all leaves together
@@ -25,6 +26,8 @@ TOTAL = "total"  # the key of all leaves together
 _PERCENTILES = (5, 50, 95)  # of the effective learning rate
 _WITHOUT_STATE = ("grad_rms", "param_rms", "update_rms", "update_ratio", "nonfinite")
 _FIGURES = (*_WITHOUT_STATE, *(f"lr_{percent}" for percent in _PERCENTILES), "eps_share", "never_updated", "surprise")
+# Of codes that hold their number only roughly, where the state is in 8 bits. Leaves without such codes have none.
+_AT_BOTTOM = {jnp.dtype(jnp.uint8): "squares_at_bottom", jnp.dtype(jnp.int8): "signed_at_bottom"}
 _LARGEST_JOINED = 4**8  # elements; larger arrays are not joined
 
 
@@ -35,7 +38,7 @@ class LeafUpdate(NamedTuple):
       g: the gradient; ``None`` counts as zero.
       u: the update; ``None`` counts as zero.
       p: the parameter before the update.
-      state: the state of this parameter alone after the update; ``None`` if no RMSProp updates it.
+      state: the state of this parameter alone after the update, as it is stored; ``None`` if no RMSProp updates it.
       lr: the learning rate of this update.
       eps: the number under the root and the one outside it, one of them 0. They are data, so that both rules are one
         program.
@@ -80,8 +83,16 @@ def by_key(leaves: Mapping[str, LeafUpdate]) -> dict[str, jax.Array]:
 def keys(leaves: Mapping[str, LeafUpdate]) -> list[str]:
     """The names of what :func:`vector` returns, in its order."""
     figures = {name: _WITHOUT_STATE if leaf.state is None else _FIGURES for name, leaf in leaves.items()}
+    coded = {name: [_AT_BOTTOM[dtype] for dtype in _AT_BOTTOM if _codes(leaf, dtype)] for name, leaf in leaves.items()}
+    coded[TOTAL] = [figure for figure in _AT_BOTTOM.values() if any(figure in own for own in coded.values())]
     names = [*sorted(leaves), TOTAL]  # sorted as the leaves are inside jit
-    return [f"{name}/{figure}" for name in names for figure in figures.get(name, _FIGURES)]
+    return [f"{name}/{figure}" for name in names for figure in (*figures.get(name, _FIGURES), *coded[name])]
+
+
+def _codes(leaf: LeafUpdate, dtype: np.dtype) -> list[jax.Array]:
+    """The codes of a leaf that have this dtype."""
+    slots: Sequence[Any] = () if leaf.state is None else leaf.state[1:]
+    return [slot.codes for slot in slots if codes.is_encoded(slot) and slot.codes.dtype == dtype]
 
 
 @jax.jit
@@ -110,10 +121,20 @@ def vector(leaves: Mapping[str, LeafUpdate]) -> jax.Array:
         counts.astype(jnp.float32) / jnp.maximum(1, sizes).astype(jnp.float32)[:, None],
         jnp.concatenate([rates[:n], jnp.zeros((len(rows) - n, len(_PERCENTILES)), jnp.float32), rates[n:]]),
     )
-    place = {f"{name}/{figure}": (i, j) for i, name in enumerate([*rows, TOTAL]) for j, figure in enumerate(_FIGURES)}
+    columns = (*_FIGURES, *_AT_BOTTOM.values())
+    place = {f"{name}/{figure}": (i, j) for i, name in enumerate([*rows, TOTAL]) for j, figure in enumerate(columns)}
+    if any(_codes(leaf, dtype) for leaf in leaves.values() for dtype in _AT_BOTTOM):
+        bottom = with_total(jnp.stack([_at_bottom(leaves[name]) for name in rows]))
+        table = jnp.concatenate([table, bottom[..., 0] / jnp.maximum(1, bottom[..., 1]).astype(jnp.float32)], axis=1)
     i, j = np.array([place[key] for key in keys(leaves)]).T
     ordered: jax.Array = table[i, j]
     return ordered
+
+
+def _at_bottom(leaf: LeafUpdate) -> jax.Array:
+    """For each kind of codes, how many of a leaf's are at the bottom, and how many are not 0."""
+    counts = [[codes.at_bottom(x) for x in _codes(leaf, dtype)] for dtype in _AT_BOTTOM]
+    return jnp.stack([jnp.sum(jnp.asarray([(0, 0), *pairs], jnp.uint32), axis=0, dtype=jnp.uint32) for pairs in counts])
 
 
 def _table(rms: jax.Array, shares: jax.Array, rates: jax.Array) -> jax.Array:
@@ -181,10 +202,10 @@ def _block_of(name: str, leaf: LeafUpdate) -> _Block:
     g, u = (jnp.zeros_like(p) if x is None else real(x).astype(p.dtype)[None] for x in (leaf.g, leaf.u))
     if leaf.state is None:
         return _Block([name], [p.size], 0.0, _Arrays(g, u, p))
-    square_avg = leaf.state.square_avg
+    square_avg, grad_avg = map(codes.decoded, (leaf.state.square_avg, leaf.state.grad_avg))
     v = real(square_avg)[None]
     lr, *eps = (jnp.asarray(x, v.dtype)[None] for x in (leaf.lr, *leaf.eps))
-    grad_avg = None if leaf.state.grad_avg is None else real(leaf.state.grad_avg)[None]
+    grad_avg = None if grad_avg is None else real(grad_avg)[None]
     smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
     return _Block([name], [p.size], smallest, _Arrays(g, u, p, None, v, grad_avg, lr, tuple(eps)))
 

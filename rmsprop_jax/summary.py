@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax import diagnostics, figures
+from rmsprop_jax.codes import decoded, is_encoded
 from rmsprop_jax.state import RMSPropState
 
 __all__ = ["Summary", "summarize"]
@@ -26,6 +27,8 @@ _LIMITS = {
     "eps_share": 0.5,  # above it, most steps of the elements that were ever updated are lr · g/eps
     "surprise": 0.3,  # below it, the average remembers gradients several times as large as the current ones
     "centered_step": 100,  # above it, in units of lr, a step explodes; that of the first update is 1/√(1 − alpha)
+    "squares_at_bottom": 0.02,  # above it, too many elements are held as if their gradients were larger
+    "signed_at_bottom": 0.3,  # above it, too many averages are as coarse as the smallest codes
     "vanished": 0.5,  # above it, too large a share of the averages is 0 where the gradient is not
 }
 
@@ -107,6 +110,8 @@ def summarize(
     - average stalled: the state is narrower than float32, and either the gradients are far below the average that
       should have followed them, or the average is 0 where they are not. (An average with a long memory may lag behind
       without rounding. One that stalled shows the same effective learning rates in a later table.)
+    - 8 bits too few: too many codes are the smallest ones. The limits are 2 % of the squares (which are then held as
+      if their gradients were larger, so that their steps are too small) and 30 % of the codes with a sign.
     - centered step exploding: a gradient that hardly varies is divided by its vanishing deviation, or by eps alone,
       and steps are over a hundred times lr.
 
@@ -142,7 +147,9 @@ def summarize(
 
 
 def _row(name: str, leaves: Sequence[figures.LeafUpdate], found: Mapping[str, float]) -> list[str]:
-    slots = [slot for leaf in leaves if leaf.state is not None for slot in jax.tree.leaves(leaf.state[1:])]
+    states = [leaf.state[1:] for leaf in leaves if leaf.state is not None]
+    slots: list[Any]
+    slots, arrays = jax.tree.leaves(states, is_leaf=is_encoded), jax.tree.leaves(states)
 
     def show(statistic: str, style: str = ".2g") -> str:
         value = found.get(f"{name}/{statistic}")
@@ -153,8 +160,8 @@ def _row(name: str, leaves: Sequence[figures.LeafUpdate], found: Mapping[str, fl
         name,
         "×".join(map(str, np.shape(leaves[0].p))) if name != figures.TOTAL else "",
         f"{sum(np.size(leaf.p) for leaf in leaves):,}",
-        ", ".join(sorted({slot.dtype.name for slot in slots})) or "–",
-        _bytes(sum(slot.nbytes for slot in slots)) if slots else "–",
+        ", ".join(sorted({getattr(slot, "codes", slot).dtype.name for slot in slots})) or "–",
+        _bytes(sum(array.nbytes for array in arrays)) if arrays else "–",
         show("grad_rms"),
         show("update_ratio"),
         middle,
@@ -214,6 +221,21 @@ def _remarks(leaves: Mapping[str, figures.LeafUpdate], found: Mapping[str, float
                 f"learning rate too high: one update is {found['total/update_ratio']:.0%} of the parameters "
                 f"(0.1% is usual, {_LIMITS['update_ratio']:.0%} the limit); lower lr"
             )
+        yield from _too_few_bits(found)
+
+
+def _too_few_bits(found: Mapping[str, float]) -> Iterator[str]:
+    squares, signed = (found.get(f"{figures.TOTAL}/{name}", 0.0) for name in ("squares_at_bottom", "signed_at_bottom"))
+    if squares > _LIMITS["squares_at_bottom"]:
+        yield (
+            f"8 bits too few: {squares:.0%} of the codes of squares are the smallest one, so these elements, whose "
+            "gradients are 60,000 times smaller than the largest of their row, take smaller steps; use bits=16"
+        )
+    if signed > _LIMITS["signed_at_bottom"]:
+        yield (
+            f"8 bits too few: {signed:.0%} of the codes with a sign are among the 15 smallest, which are coarse; use "
+            "bits=16"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -225,7 +247,7 @@ def _relative_step(leaf: figures.LeafUpdate) -> jax.Array:
     """``rms(g / denominator)``: the step without momentum, in units of lr; 0/0 counts as 0."""
     if leaf.state is None or leaf.g is None:
         return jnp.zeros(())
-    denom = figures.denominator_of_array(figures.real(leaf.state.square_avg), leaf.eps)
+    denom = figures.denominator_of_array(figures.real(decoded(leaf.state.square_avg)), leaf.eps)
     g = figures.real(leaf.g).astype(denom.dtype)
     return jnp.asarray(figures.norm(g / jnp.where(g == 0, 1.0, denom)) / math.sqrt(max(1, denom.size)))
 

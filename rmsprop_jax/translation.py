@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmsprop_jax import dialects
+from rmsprop_jax import dialects, storage
 from rmsprop_jax.arguments import (
     SMALLEST_NORMAL,
     check_eps,
@@ -197,7 +197,9 @@ class Translation(NamedTuple):
         dialects, except that a bias-corrected average is a plain one without its start, divided by 1 − alphaᵗ. (Taking
         a start of 1 out of an average in float32 leaves an error of 1e-7, which is large for small gradients.) A
         momentum buffer changes its unit where only one of the two has the learning rate in it, or averages the steps.
-        That is exact as long as learning rate and momentum have been constant.
+        That is exact as long as learning rate and momentum have been constant. What :func:`storage.compress
+        <rmsprop_jax.storage.compress>` keeps in 8 or 16 bits comes back in float32; :func:`storage.encode
+        <rmsprop_jax.storage.encode>` encodes it again.
 
         Raises:
           ValueError: if there is no :class:`rmsprop_jax.RMSPropState`, or it belongs to a different setting; if the
@@ -205,6 +207,8 @@ class Translation(NamedTuple):
             goes and the smoothing constant is a schedule.
           TypeError: if a slot is not floating or complex, or a step not an integer.
         """
+        find_states("state", opt_state)
+        opt_state = storage.decode(opt_state)
         for place, state in find_states("state", opt_state).items():
             check_state(place, state, self.before)
         return replace_states(opt_state, lambda state: converted(state, self.before, self.after))

@@ -28,13 +28,16 @@ ROOMS: dict[str, Room] = {
     "equations": Room(1, set()),
     "state": Room(1, set()),
     "arguments": Room(1, set()),
+    "codes": Room(1, set()),
+    "placement": Room(1, set()),
+    "storage": Room(2, {"arguments", "codes", "placement"}),
     "trees": Room(2, {"state", "arguments"}),
-    "figures": Room(2, {"state"}),
-    "lift": Room(3, {"equations", "state", "arguments", "trees"}),
+    "figures": Room(2, {"state", "codes"}),
+    "lift": Room(3, {"equations", "state", "arguments", "trees", "placement"}),
     "transform": Room(4, {"equations", "arguments", "lift"}),
     "dialects": Room(4, {"equations", "arguments", "lift"}),
     "conversion": Room(4, {"state", "arguments", "trees", "lift"}),
-    "diagnostics": Room(4, {"state", "arguments", "figures"}),
+    "diagnostics": Room(4, {"state", "arguments", "figures", "codes", "storage"}),
     "checkpoints.curves": Room(1, set()),
     "checkpoints.scheduler_file": Room(2, {"arguments", "checkpoints.curves"}),
     "checkpoints.torch_schedulers": Room(3, {"arguments", "checkpoints.curves", "checkpoints.scheduler_file"}),
@@ -43,7 +46,7 @@ ROOMS: dict[str, Room] = {
     "checkpoints.keras_schedules": Room(2, {"arguments"}),
     "checkpoints.slots": Room(4, {"state", "arguments"}),
     "checkpoints.rearrangement": Room(4, set()),
-    "checkpoints.named": Room(5, {"state", "arguments", "checkpoints.slots", "checkpoints.rearrangement"}),
+    "checkpoints.named": Room(5, {"state", "arguments", "storage", "checkpoints.slots", "checkpoints.rearrangement"}),
     "recipes.clipping": Room(2, {"state", "arguments"}),
     "recipes.schedules": Room(3, {"arguments", "recipes.clipping"}),
     "recipes.entry": Room(4, {"state", "arguments", "recipes.schedules"}),
@@ -56,9 +59,11 @@ ROOMS: dict[str, Room] = {
         6,
         {"recipes.entry", "recipes.schedules", "recipes.reinforcement", "recipes.sequences", "recipes.images"},
     ),
-    "translation": Room(5, {"equations", "state", "arguments", "lift", "transform", "dialects", "conversion"}),
+    "translation": Room(
+        5, {"equations", "state", "arguments", "storage", "lift", "transform", "dialects", "conversion"}
+    ),
     "recorder": Room(5, {"state", "arguments", "figures", "diagnostics"}),
-    "summary": Room(5, {"state", "figures", "diagnostics"}),
+    "summary": Room(5, {"state", "codes", "figures", "diagnostics"}),
     "plotting": Room(5, {"diagnostics"}),
     "checkpoints.torch_file": Room(5, {"arguments", "checkpoints.slots"}),
     "checkpoints.torch": Room(
@@ -75,7 +80,7 @@ ROOMS: dict[str, Room] = {
     "checkpoints.tensorflow": Room(
         6, {"arguments", "dialects", "checkpoints.slots", "checkpoints.named", "checkpoints.variables"}
     ),
-    "checkpoints.optax": Room(6, {"state", "arguments", "checkpoints.slots"}),
+    "checkpoints.optax": Room(6, {"state", "arguments", "storage", "checkpoints.slots"}),
     "checkpoints": Room(
         7,
         {"checkpoints.keras", "checkpoints.optax", "checkpoints.tensorflow", "checkpoints.torch"}
@@ -85,7 +90,7 @@ ROOMS: dict[str, Room] = {
     FRONT_DOOR: Room(
         8,
         {"state", "transform", "dialects", "translation", "diagnostics", "recorder", "summary", "recipes"}
-        | {"checkpoints", "plotting"},
+        | {"checkpoints", "plotting", "storage"},
     ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
@@ -235,7 +240,17 @@ def test_import_loads_no_heavy_library() -> None:
 
 
 SHARED = {"diagnostics": {"ask", "leaves_after", "leaves_of"}}  # what the rooms above use, and users do not
-PUBLIC = ("transform", "dialects", "translation", "recipes", "diagnostics", "recorder", "summary", "plotting")
+PUBLIC = (
+    "transform",
+    "dialects",
+    "translation",
+    "recipes",
+    "diagnostics",
+    "recorder",
+    "summary",
+    "plotting",
+    "storage",
+)
 
 
 CHECKPOINTS = ("checkpoints.torch", "checkpoints.optax", "checkpoints.keras", "checkpoints.tensorflow")

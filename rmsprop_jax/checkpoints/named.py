@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rmsprop_jax import storage
 from rmsprop_jax.arguments import shown
 from rmsprop_jax.checkpoints.rearrangement import Like, sources_of
 from rmsprop_jax.checkpoints.slots import SCHEDULE_COUNTS, SLOTS, Parameter, check_slot, largest_count
@@ -121,7 +122,11 @@ def build_optimizer(
     if len(transformations) > 1:
         labels = jax.tree.unflatten(jax.tree.structure(template), [f"group{group}" for group in groups])
         tx = optax.partition({f"group{group}": part for group, part in enumerate(transformations)}, labels)
-    like = jax.eval_shape(tx.init, template)
+
+    def init(params: chex.ArrayTree) -> optax.OptState:
+        return storage.decode(tx.init(params))
+
+    like = jax.eval_shape(init, template)
     states = find_states("the state of the transformation", like, _BUILD_ONE).values()
     kept = [slot for slot in SLOTS if any(getattr(state, slot) is not None for state in states)]
     parts = (
@@ -130,7 +135,7 @@ def build_optimizer(
     kept_by_group = [_kept_by(part) for part in parts]
     for parameter in parameters:
         _check_kept(parameter, kept_by_group[parameter.group])
-    first = functools.cache(lambda: tx.init(template))
+    first = functools.cache(lambda: init(template))
 
     def filled(parameter: Parameter, slot: str) -> np.ndarray:
         if slot in parameter.slots:
@@ -138,8 +143,9 @@ def build_optimizer(
         state = first() if len(transformations) == 1 else first().inner_states[f"group{parameter.group}"]
         return _first_slot(parameter, slot, state)
 
-    fresh = _fresh_state(tx, template, like)
-    return tx, _filled(fresh, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
+    fresh = _fresh_state(init, template, like)
+    state = _filled(fresh, step, {slot: build(filled(p, slot) for p in parameters) for slot in kept})
+    return tx, storage.encode(state, jax.eval_shape(tx.init, template))
 
 
 def _kept_by(part: optax.OptState) -> set[str]:
@@ -234,8 +240,10 @@ def _first_slot(parameter: Parameter, slot: str, first: optax.OptState) -> np.nd
     return np.full(parameter.shape, numbers[0][0].real if numbers else 0, dtype)
 
 
-def _fresh_state(tx: optax.GradientTransformation, template: chex.ArrayTree, like: optax.OptState) -> optax.OptState:
-    """What ``tx.init`` gives, with shapes and dtypes in place of the slots, which come from the file.
+def _fresh_state(
+    init: Callable[[chex.ArrayTree], optax.OptState], template: chex.ArrayTree, like: optax.OptState
+) -> optax.OptState:
+    """What ``init`` gives, with shapes and dtypes in place of the slots, which come from the file.
 
     Raises:
       ValueError: if anything outside the slots depends on the values of the parameters.
@@ -243,8 +251,8 @@ def _fresh_state(tx: optax.GradientTransformation, template: chex.ArrayTree, lik
     outside = replace_states(like, lambda state: None)
     if not jax.tree.leaves(outside):
         return like
-    fresh = tx.init(template)
-    other = tx.init(jax.tree.map(lambda x: x + 1 if is_trainable(x) else x, template))
+    fresh = init(template)
+    other = init(jax.tree.map(lambda x: x + 1 if is_trainable(x) else x, template))
 
     def kept(path: Any, first: Any, second: Any) -> Any:
         if is_state(first):
@@ -326,7 +334,7 @@ def slots_by_name(
       (0, {'weight': {'square_avg': array([0., 0.], dtype=float32)}})
     """
     check_containers("state", state)
-    step, trees = _step_and_slots(unboxed(state))
+    step, trees = _step_and_slots(unboxed(storage.decode(state)))
     leaves = _leaves(trees["square_avg"])
     for path, leaf in leaves:
         if is_absent(leaf):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rmsprop_jax import storage
 from rmsprop_jax.arguments import check_smoothing, known, shown
 from rmsprop_jax.checkpoints.slots import (
     SCHEDULE_COUNTS,
@@ -100,8 +101,8 @@ def from_optax(
     decay = _checked_decay(decay)
     check_containers("opt_state", opt_state)
     find_states("like", like, _BUILD_LIKE)
-    opt_state = unboxed(opt_state)
-    steps = _Steps(opt_state, unboxed(like), step)
+    opt_state, plain = unboxed(_plain(opt_state)), _plain(like)
+    steps = _Steps(opt_state, unboxed(plain), step)
 
     corrected: list[bool] = []
 
@@ -112,9 +113,9 @@ def from_optax(
         corrected.append(part.is_corrected)
         return _read(ours, part, where, steps, decay)
 
-    filled = _walk(unboxed(like), opt_state, "opt_state", _same, convert)
+    filled = _walk(unboxed(plain), opt_state, "opt_state", _same, convert)
     _check_decay_is_used(decay, corrected)
-    return _boxed_like(like, filled)
+    return _stored_like(like, _boxed_like(plain, filled))
 
 
 def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None = None) -> optax.OptState:
@@ -164,14 +165,50 @@ def to_optax(state: optax.OptState, like: optax.OptState, *, decay: float | None
         corrected.append(part.is_corrected)
         return _written(theirs, part, ours, where, decay)
 
-    filled = _walk(unboxed(like), unboxed(state), "state", _same, convert)
+    plain = _plain(like)
+    filled = _walk(unboxed(plain), unboxed(_plain(state)), "state", _same, convert)
     _check_decay_is_used(decay, corrected)
-    return _boxed_like(like, filled)
+    return _stored_like(like, _boxed_like(plain, filled))
 
 
 def _boxed_like(like: Any, tree: Any) -> Any:
     """``tree`` in the boxes of ``like``, if Flax's nnx keeps its arrays in boxes."""
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def _is_stored(x: Any) -> bool:
+    return isinstance(x, storage.CompressState | storage.Encoded)
+
+
+def _plain(opt_state: Any) -> Any:
+    """A state in float32, without what ``storage.compress`` puts around it."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, storage.CompressState):
+            return _plain(x.inner_state)
+        if isinstance(x, storage.Encoded) and isinstance(x.codes, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.codes.sharding)
+        return storage.decode(x)
+
+    return jax.tree.map(plain, opt_state, is_leaf=_is_stored) if _has_stored(opt_state) else opt_state
+
+
+def _stored_like(like: Any, plain: Any) -> Any:
+    """The inverse of :func:`_plain`, with everything encoded where ``like`` is."""
+
+    def around(x: Any, part: Any) -> Any:
+        if not isinstance(x, storage.CompressState):
+            return part
+        inner_state = jax.tree.map(around, x.inner_state, part, is_leaf=_is_stored)
+        return storage.CompressState(jnp.zeros(x.step.shape, x.step.dtype), inner_state)
+
+    if not _has_stored(like):
+        return plain
+    return storage.encode(jax.tree.map(around, like, plain, is_leaf=_is_stored), like)
+
+
+def _has_stored(opt_state: Any) -> bool:
+    return any(map(_is_stored, jax.tree.leaves(opt_state, is_leaf=_is_stored)))
 
 
 _BUILD_LIKE = "build the transformation with a function of rmsprop_jax.dialects, and give what its init returns"
