@@ -13,7 +13,6 @@ A code says by its dtype what it is, so that encoded arrays need no description 
 A row is what lies along the last axis. Nothing is reshaped, so rows that are spread over devices stay where they are.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -82,9 +81,8 @@ class _Float(NamedTuple):
 
 _SQUARE = _Float(dropped=20, first=768, offset=0.0, largest=1.875)
 _SIGNED = _Float(dropped=19, first=1904, offset=2.0**-8, largest=0.96875 - 2.0**-8)
-HALF = np.uint32(1 << 31)  # the noise with which numbers are rounded to the nearest
-# Beyond these limits, the scale or its reciprocal is not a normal number of float32.
-_SMALLEST_SCALE, _LARGEST_MAXIMUM = 1e-36, 1e37
+_HALF = np.uint32(1 << 31)  # the noise with which numbers are rounded to the nearest
+_SMALLEST_SCALE, _LARGEST_MAXIMUM = 1e-36, 1e37  # what float32 can multiply and divide by without harm
 
 
 # --- Into codes, and out of them -----------------------------------------------------------------------------
@@ -96,25 +94,29 @@ def nothing(x: chex.Array, dtype: np.dtype) -> Encoded:
     return Encoded(jnp.zeros_like(x, dtype), rows)
 
 
-def encode(x: jax.Array, before: Encoded, noise: chex.Numeric) -> Encoded:
+def encode(x: jax.Array, before: Encoded, noise: jax.Array | None = None) -> Encoded:
     """``x`` in the kind of codes of ``before``.
 
-    An element that is not finite keeps its code of ``before``, and its row the scale of ``before``. In a row without
-    any element over 1e-36, all become 0.
+    An element that is not finite keeps its code of ``before``, and its row the scale of ``before``.
 
     Args:
       x: an array of floats. Where the codes are squares, what is below 0 becomes 0.
       before: what rested before.
-      noise: from :func:`dither`, to round up or down such that the mean is ``x``; ``HALF`` to round to the nearest.
+      noise: from :func:`dither`, to round up or down such that the mean is ``x``; ``None`` to round to the nearest.
     """
+    if noise is None:
+        # A first state is made of constants. Without the barrier, XLA would compute their maxima while it compiles, in
+        # minutes.
+        x, noise = jax.lax.optimization_barrier(x), jnp.asarray(_HALF)
     x = _without_derivative(x).astype(jnp.float32)
     if before.scale is None:
         return Encoded(jnp.where(jnp.isfinite(x), rounded(x, before.codes.dtype, noise), before.codes), None)
     kind = _SIGNED if before.codes.dtype == jnp.int8 else _SQUARE
     largest = _row_maxima(x)
-    scale = jnp.where(largest <= _LARGEST_MAXIMUM, largest * (1 / kind.largest), before.scale)
-    per_scale = jnp.where(scale >= _SMALLEST_SCALE, 1 / jnp.maximum(scale, _SMALLEST_SCALE), 0.0)[..., None]
-    codes = _signed(x * per_scale, noise) if kind is _SIGNED else _square(x * per_scale, noise)
+    scale = jnp.maximum(largest * (1 / kind.largest), _SMALLEST_SCALE)
+    scale = jnp.where(largest <= _LARGEST_MAXIMUM, scale, before.scale)
+    ratio = x / scale[..., None]
+    codes = _signed(ratio, noise) if kind is _SIGNED else _square(ratio, noise)
     return Encoded(jnp.where(jnp.isfinite(x), codes, before.codes), scale)
 
 
@@ -233,7 +235,7 @@ def dither(shape: tuple[int, ...], step: jax.Array, salt: chex.Numeric) -> jax.A
     runs would resonate with gradients that repeat every 8 or 13 steps (benchmarks/NOTES.md).
     """
     step = step.astype(jnp.uint32)
-    start = _hash(_positions(shape) ^ _hash(salt ^ _hash(step >> 4)))
+    start: jax.Array = _hash(_positions(shape) ^ _hash(salt ^ _hash(step >> 4)))
     return start + step * np.uint32(0x9E3779B9)
 
 
@@ -241,7 +243,7 @@ def _positions(shape: tuple[int, ...]) -> jax.Array:
     """The index of each element in the flat array, modulo 2³²."""
     strides = np.cumprod([1, *reversed(shape[1:])], dtype=np.uint64).astype(np.uint32)[::-1]
     steps = [jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride for axis, stride in enumerate(strides)]
-    return functools.reduce(jnp.add, steps)
+    return sum(steps, jnp.zeros((), jnp.uint32))
 
 
 def _hash(x: Any) -> Any:

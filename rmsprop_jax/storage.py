@@ -5,6 +5,7 @@ and back; parameters in half precision; which slots are encoded, and how. ``code
 """
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 
 from rmsprop_jax import codes
 from rmsprop_jax.arguments import check_count, check_transformation, shown
-from rmsprop_jax.codes import HALF, Encoded, is_encoded
+from rmsprop_jax.codes import Encoded, is_encoded
 from rmsprop_jax.placement import new_counter
 
 __all__ = ["CompressState", "Encoded", "apply_updates", "compress", "decode", "encode"]
@@ -83,8 +84,8 @@ def compress(
     The 8-bit codes have a float32 scale for each row, which is what lies along the last axis.
 
     The name of its field in the state says what a slot holds: ``nu`` and ``square_avg`` are averages of squares,
-    ``mu``, ``trace`` and ``momentum_buffer`` have a sign. A field with an unknown name is an error until ``slots`` says what it
-    holds. These stay as they are: what is not like a parameter, such as a step; arrays with fewer than ``min_size``
+    ``mu``, ``trace`` and ``momentum_buffer`` have a sign. A field with an unknown name is an error until ``slots`` says
+    what it holds. These stay as they are: what is not like a parameter, such as a step; arrays with fewer than ``min_size``
     elements, or fewer than 8 in a row; complex arrays.
 
     What 8 bits cost:
@@ -322,8 +323,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numer
     leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
     parts = structure.flatten_up_to(updates)
     moved = [
-        p if p is None or u is None else _moved(p, u, step, _salt(seed, i, stream=1))
-        for i, (p, u) in enumerate(zip(leaves, parts, strict=True))
+        p if p is None or u is None else _moved(p, u, step, _salt(seed)) for p, u in zip(leaves, parts, strict=True)
     ]
     return jax.tree.unflatten(structure, moved)
 
@@ -433,20 +433,25 @@ def _checked_fields(slots: Any) -> dict[str, Kind]:
 def _encoded(state: optax.OptState, like: optax.OptState, at: tuple[jax.Array, int] | None = None) -> optax.OptState:
     """``state`` encoded where ``like`` is: with the noise of a step and a seed, or rounded to the nearest."""
     structure: Any
-    olds, structure = jax.tree.flatten(like, is_leaf=is_encoded)
+    olds, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_encoded)
     leaves = structure.flatten_up_to(state)
-    places = [i for i, old in enumerate(olds) if is_encoded(old)]
+    places = [i for i, (_, old) in enumerate(olds) if is_encoded(old)]
     step, seed = at or (None, 0)
-    salts = [_salt(seed, i) for i in range(len(places))]
-    done = _encode_all([leaves[i] for i in places], [olds[i] for i in places], step, salts)
+    salts = [_salt(seed, olds[i][0]) for i in places]
+    done = _encode_all([leaves[i] for i in places], [olds[i][1] for i in places], step, salts)
     for i, encoded in zip(places, done, strict=True):
         leaves[i] = encoded
     return jax.tree.unflatten(structure, leaves)
 
 
-def _salt(seed: int, i: int, stream: int = 0) -> np.uint32:
-    """Where the noise of array number ``i`` starts; slots and parameters have streams of their own."""
-    return np.uint32((seed * 0x9E3779B1 + i * 0x85EBCA77 + (stream + 1) * 0xC2B2AE3D) % 2**32)
+def _salt(seed: int, path: Any = ()) -> np.uint32:
+    """Where the noise of an array of the state starts; without a path, that of a parameter.
+
+    Arrays in the same field of a state have the same noise at the same position. If each had its own, XLA would compile
+    a kernel for each, while it compiles one for all arrays of a shape.
+    """
+    fields = "".join(jax.tree_util.keystr((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey))
+    return np.uint32((zlib.crc32(fields.encode()) + seed * 0x9E3779B1) % 2**32)
 
 
 @jax.jit
@@ -459,7 +464,7 @@ def _encode_all(
 @jax.jit
 def _encode(x: jax.Array, before: Encoded, step: jax.Array | None, salt: chex.Numeric) -> Encoded:
     """Jitted separately, so that arrays of equal shape are traced and lowered once."""
-    noise = HALF if step is None else codes.dither(before.shape, step, salt)
+    noise = None if step is None else codes.dither(before.shape, step, salt)
     return codes.encode(x, before, noise)
 
 
