@@ -53,6 +53,12 @@ def is_encoded(x: object) -> bool:
     return isinstance(x, Encoded)
 
 
+def unboxed(encoded: Encoded) -> Encoded:
+    """``encoded`` with arrays in place of the variables that Flax's nnx keeps them in."""
+    arrays = jax.tree.leaves(encoded)
+    return Encoded(arrays[0], arrays[1] if len(arrays) > 1 else None) if arrays else encoded
+
+
 def is_sound(encoded: Encoded) -> bool:
     """Whether codes and scale belong together."""
     values: Any = encoded.codes
@@ -133,7 +139,7 @@ def decode(encoded: Encoded) -> jax.Array:
 
 def decoded(x: chex.Array | Encoded) -> chex.Array:
     """An array as it is, or decoded if it is an :class:`Encoded`."""
-    return decode(x) if is_encoded(x) else x
+    return decode(unboxed(x)) if is_encoded(x) else x
 
 
 def _square(y: jax.Array, noise: chex.Numeric) -> jax.Array:

@@ -22,7 +22,7 @@ import optax
 
 from rmsprop_jax import figures, storage
 from rmsprop_jax.arguments import check_eps, check_number, shown
-from rmsprop_jax.codes import is_encoded
+from rmsprop_jax.codes import Encoded, is_encoded, unboxed
 from rmsprop_jax.state import (
     ONE_STATE_EACH,
     Name,
@@ -316,7 +316,12 @@ def _all_leaves(tree: Any) -> dict[Name, Any]:
         return is_absent(x) or is_encoded(x) or hasattr(x, "get_metadata") or hasattr(x, "unbox")
 
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return {leaf_name(path): next(iter(jax.tree.leaves(leaf, is_leaf=is_encoded)), None) for path, leaf in leaves}
+
+    def array(leaf: Any) -> Any:
+        inside = next(iter(jax.tree.leaves(leaf, is_leaf=is_encoded)), None)
+        return unboxed(inside) if isinstance(inside, Encoded) else inside
+
+    return {leaf_name(path): array(leaf) for path, leaf in leaves}
 
 
 # --- How a transformation is asked ---------------------------------------------------------------------------

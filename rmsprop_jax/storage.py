@@ -5,6 +5,7 @@ and back; parameters in half precision; which slots are encoded, and how. ``code
 """
 
 import math
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -85,8 +86,8 @@ def compress(
 
     The name of its field in the state says what a slot holds: ``nu`` and ``square_avg`` are averages of squares,
     ``mu``, ``trace`` and ``momentum_buffer`` have a sign. A field with an unknown name is an error until ``slots`` says
-    what it holds. These stay as they are: what is not like a parameter, such as a step; arrays with fewer than ``min_size``
-    elements, or fewer than 8 in a row; complex arrays.
+    what it holds. These stay as they are: what is not like a parameter, such as a step; arrays with fewer than
+    ``min_size`` elements, or fewer than 8 in a row; complex arrays.
 
     What 8 bits cost:
 
@@ -155,7 +156,8 @@ def compress(
         leaves, structure = jax.tree.flatten(inner_state)
         dtypes = rules.code_dtypes(inner_state, params)
         zeros = [x if dtype is None else codes.nothing(x, dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-        return CompressState(new_counter(params), _encoded(inner_state, jax.tree.unflatten(structure, zeros)))
+        encoded = _encoded(inner_state, jax.tree.unflatten(structure, zeros))
+        return CompressState(new_counter(params), _outside_variables(encoded))
 
     def update(
         updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: Any
@@ -197,15 +199,16 @@ def decode(opt_state: optax.OptState) -> optax.OptState:
       255 4.0
     """
     leaves, structure = jax.tree.flatten(opt_state, is_leaf=is_encoded)
-    if any(is_encoded(x) and not codes.is_sound(x) for x in leaves):
+    plain = [codes.unboxed(x) for x in leaves if is_encoded(x)]
+    if not all(map(codes.is_sound, plain)):
         _refuse_unsound(opt_state)
-    arrays = iter(_decode_all([x for x in leaves if is_encoded(x)]))
-    return jax.tree.unflatten(structure, [next(arrays) if is_encoded(x) else x for x in leaves])
+    arrays = iter(_decode_all(plain))
+    return jax.tree.unflatten(structure, [_boxed(x.codes, next(arrays)) if is_encoded(x) else x for x in leaves])
 
 
 def _refuse_unsound(opt_state: optax.OptState) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_encoded):
-        if is_encoded(x) and not codes.is_sound(x):
+        if is_encoded(x) and not codes.is_sound(codes.unboxed(x)):
             raise ValueError(
                 f"opt_state{jax.tree_util.keystr(path)} must have codes in bfloat16 and no scale, or in uint8 or int8 "
                 f"and a float32 scale for each row, got {_described(x.codes)} and {_described(x.scale)}; restore a "
@@ -438,9 +441,10 @@ def _encoded(state: optax.OptState, like: optax.OptState, at: tuple[jax.Array, i
     places = [i for i, (_, old) in enumerate(olds) if is_encoded(old)]
     step, seed = at or (None, 0)
     salts = [_salt(seed, olds[i][0]) for i in places]
-    done = _encode_all([leaves[i] for i in places], [olds[i][1] for i in places], step, salts)
+    arrays = [jax.tree.leaves(leaves[i])[0] for i in places]
+    done = _encode_all(arrays, [codes.unboxed(olds[i][1]) for i in places], step, salts)
     for i, encoded in zip(places, done, strict=True):
-        leaves[i] = encoded
+        leaves[i] = Encoded(*map(_boxed, olds[i][1], encoded))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -452,6 +456,29 @@ def _salt(seed: int, path: Any = ()) -> np.uint32:
     """
     fields = "".join(jax.tree_util.keystr((key,)) for key in path if isinstance(key, jax.tree_util.GetAttrKey))
     return np.uint32((zlib.crc32(fields.encode()) + seed * 0x9E3779B1) % 2**32)
+
+
+def _boxed(like: Any, x: Any) -> Any:
+    """``x`` in a variable of Flax's nnx if ``like`` is one."""
+    return jax.tree.map(lambda _: x, like)
+
+
+def _outside_variables(tree: Any) -> Any:
+    """``tree`` with the codes and the scale of each array in variables of their own, where Flax's nnx has one for it.
+
+    Its optimizer puts new arrays into old variables, and would take the array apart into a dict.
+    """
+    nnx = sys.modules.get("flax.nnx")  # whoever has a variable has loaded it
+    if nnx is None:
+        return tree
+
+    def outside(x: Any) -> Any:
+        found = jax.tree.leaves(x, is_leaf=is_encoded)
+        if not isinstance(x, nnx.Variable) or not any(map(is_encoded, found)):
+            return x
+        return jax.tree.map(lambda part: jax.tree.map(lambda _: part, x, is_leaf=is_encoded), found[0])
+
+    return jax.tree.map(outside, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 @jax.jit

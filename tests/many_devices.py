@@ -1,6 +1,7 @@
 """What ``test_promises`` promises of four devices, for every transformation; run in a process that has them."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compare import assert_close
-from rmsprop_jax import dialects, recipes, rmsprop
+from rmsprop_jax import dialects, recipes, rmsprop, storage
 from test_promises import TRANSFORMATIONS, ULPS, built, for_all, updates_of_all
 
 # Sharded along its first axis, and along its last one.
@@ -177,6 +178,47 @@ def check_clipping(kind: str) -> None:
         assert_is_one_device(found, step(PARAMS, grads))
 
 
+def check_storage(kind: str) -> None:
+    """Codes are those of one device, and nothing is sent but the maxima of rows that lie on several devices."""
+    whole = {"rows": jnp.ones((8, 64)), "columns": jnp.ones((16, 32))}
+    specs = {"rows": P(AXIS), "columns": P(None, AXIS)}
+    rng = np.random.default_rng(0)
+    grads = [{name: jnp.asarray(rng.standard_normal(p.shape), p.dtype) for name, p in whole.items()} for _ in range(4)]
+    mesh = make_mesh(kind)
+    for bits in (8, 16):
+        tx = storage.compress(rmsprop(0.01, momentum=0.9), bits, min_size=1)
+        alone = tx.init(whole)
+        with within(mesh):
+            placed = [
+                {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in tree.items()}
+                for tree in (whole, *grads)
+            ]
+            state, update = tx.init(placed[0]), jax.jit(tx.update)
+            for g in placed[1:]:
+                _, state = update(g, state, placed[0])
+            text = update.lower(placed[1], state, placed[0]).compile().as_text()
+            for name, slot in state.inner_state.square_avg.items():
+                assert slot.codes.sharding.is_equivalent_to(placed[0][name].sharding, 2), (kind, name)
+        for g in grads:
+            _, alone = jax.jit(tx.update)(g, alone, whole)
+        assert_close(state, jax.tree.map(np.asarray, alone), ulps=0)
+        sent = re.findall(r" (all-\w+|collective-permute|reduce-scatter)\(", text)
+        # The maxima of the two slots of "columns", which XLA may send together.
+        assert sent in ([["all-reduce"], ["all-reduce"] * 2] if bits == 8 else [[]]), (kind, bits, sent)
+
+
+def check_storage_in_shard_map() -> None:
+    """Each device has its own rows."""
+    p, g = jnp.ones((8, 64)), jnp.asarray(np.random.default_rng(0).standard_normal((8, 64)), jnp.float32)
+    tx = storage.compress(rmsprop(0.01, momentum=0.9), min_size=1)
+    state = tx.init(p)
+    spec = jax.tree.map(lambda x: P(AXIS) if x.ndim else P(), state)
+    many = shard_map(tx.update, make_mesh("Auto"), (P(AXIS), spec, P(AXIS)), (P(AXIS), spec))
+    updates, after = jax.jit(many)(g, state, p)
+    assert_is_one_device(updates, tx.update(g, state, p)[0])
+    assert after.inner_state.square_avg.codes.dtype == jnp.uint8
+
+
 def main() -> None:
     """All checks, one after the other."""
     assert jax.device_count() == 4
@@ -190,6 +232,9 @@ def main() -> None:
     check_clipping("Explicit")
     check_state_that_enters_shard_map()
     check_compilations()
+    check_storage("Auto")
+    check_storage("Explicit")
+    check_storage_in_shard_map()
 
 
 if __name__ == "__main__":

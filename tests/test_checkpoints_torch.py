@@ -14,7 +14,7 @@ import pytest
 
 import reference
 from compare import assert_close, assert_same
-from rmsprop_jax import dialects, rmsprop
+from rmsprop_jax import dialects, rmsprop, storage
 from rmsprop_jax.checkpoints import from_torch, to_torch
 
 torch = pytest.importorskip("torch")
@@ -1220,3 +1220,32 @@ def test_parameter_outside_the_state_is_named(good: dict[str, Any]) -> None:
     _, state = from_torch(good, NAMES, to_params)
     with pytest.raises(ValueError, match=r"^leaf rest/0 is in no RMSPropState of state; give the"):
         to_torch(state.inner_states["group0"], NAMES, from_params, like=good, tensor=torch.from_numpy)
+
+
+# --- State in 8 and 16 bits ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_run_of_torch_continues_in_fewer_bits_and_goes_back(bits: int) -> None:
+    rule = dict(lr=0.01, alpha=0.9, momentum=0.9, centered=True)
+    run = Run(rule, shapes={"weight": (64, 96), "bias": (96,)})
+    for given in gradients(3, shapes={"weight": (64, 96), "bias": (96,)}):
+        run.step(given)
+
+    def narrow(**numbers: Any) -> optax.GradientTransformation:
+        return storage.compress(rmsprop(**numbers), bits)
+
+    def written(state: Any) -> Any:
+        return to_torch(state, ["weight", "bias"], dict, like=run.file(), tensor=torch.from_numpy)
+
+    tx, state = from_torch(run.file(), ["weight", "bias"], dict, transformation=narrow)
+    _, wide = from_torch(run.file(), ["weight", "bias"], dict)
+    assert_same(state.inner_state, storage.encode(wide, state.inner_state))
+    assert state.inner_state.square_avg["weight"].codes.dtype == ("uint8" if bits == 8 else "bfloat16")
+    params = {name: jnp.asarray(p.detach().numpy()) for name, p in run.params.items()}
+    _, after = tx.update(params, state, params)
+    back, decoded = written(after), written(storage.decode(after))
+    for i, slots in back["state"].items():
+        assert set(slots) == {"step", *SLOTS}
+        for slot, value in slots.items():
+            assert torch.equal(value, decoded["state"][i][slot]), slot
