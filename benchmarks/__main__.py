@@ -2,13 +2,14 @@
 
 Run it from the project's folder:
 
-- ``python -m benchmarks`` measures all parts, in about nine minutes.
+- ``python -m benchmarks`` measures all parts, in about 25 minutes.
 - ``python -m benchmarks step eager`` measures some of them.
 - ``--full`` measures every combination, in more rounds.
 - ``--report`` measures nothing. It writes the tables of the last results into ``benchmarks/RESULTS.md`` and
   ``README.md``, and the pictures beside the results.
 
-``python -m benchmarks.compiled`` compiles a step for a TPU or a GPU that need not be there.
+``python -m benchmarks.compiled`` compiles a step for a TPU or a GPU that need not be there, and
+``python -m benchmarks.kernels`` one whose state rests in 8 or 16 bits.
 """
 
 import argparse
@@ -20,7 +21,10 @@ import jax
 from benchmarks import report
 from benchmarks.measure import save, this_device
 
-PARTS = ("step", "tracing", "eager", "training", "recording", "centered")
+PARTS = (
+    "step", "tracing", "eager", "training", "recording", "centered",
+    "storage", "rounding", "loss", "compressed", "collectives",
+)  # fmt: skip
 
 
 def main() -> None:

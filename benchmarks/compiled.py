@@ -8,6 +8,7 @@ per parameter of one array of 64M (a smaller one may move into a TPU's fast memo
 """
 
 import argparse
+import math
 import os
 import re
 from typing import Any
@@ -22,9 +23,10 @@ from jax.experimental import topologies
 
 from benchmarks import peers, report
 from benchmarks.measure import save
+from benchmarks.trees import Shape
 
 SIZE = 1 << 26
-ITEMSIZES = {"f32": 4, "bf16": 2}
+ITEMSIZES = {"f32": 4, "bf16": 2, "s8": 1, "u8": 1}
 NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast")
 
 # An H100 (SXM) as XLA's GpuTargetConfigProto describes it.
@@ -60,18 +62,20 @@ DESCRIPTIONS = {
 }
 
 
-def compiled(tx: optax.GradientTransformation, device: jax.Device, dtype: str) -> jax.stages.Compiled:
+def compiled(
+    tx: optax.GradientTransformation, device: jax.Device, dtype: str, shape: Shape = (SIZE,)
+) -> jax.stages.Compiled:
     sharding = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.eval_shape(lambda: (jnp.zeros(SIZE, dtype), tx.init(jnp.zeros(SIZE, dtype)), jnp.zeros(SIZE, dtype)))
+    shapes = jax.eval_shape(lambda: (zeros := jnp.zeros(shape, dtype), tx.init(zeros), zeros))
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     return jax.jit(peers.whole_step(tx), donate_argnums=(0, 1)).lower(*placed).compile()
 
 
-def counted(program: jax.stages.Compiled) -> dict[str, float]:
+def counted(program: jax.stages.Compiled, shape: Shape = (SIZE,)) -> dict[str, float]:
     """Kernels, and bytes per parameter, of a compiled step."""
     entry = program.as_text().split("ENTRY", 1)[1]
     arrays = re.findall(r"%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)", entry)
-    itemsize = {name: whole_arrays(result) for name, result, _, _ in arrays}
+    itemsize = {name: whole_arrays(result, shape) for name, result, _, _ in arrays}
     kernels = [
         (name, re.findall(r"%([\w.-]+)", operands))
         for name, _, operation, operands in arrays
@@ -80,13 +84,13 @@ def counted(program: jax.stages.Compiled) -> dict[str, float]:
     return {
         "kernels": len(kernels),
         "accessed": sum(itemsize[name] + sum(itemsize[operand] for operand in operands) for name, operands in kernels),
-        "temporary": round(program.memory_analysis().temp_size_in_bytes / SIZE, 2),
+        "temporary": round(program.memory_analysis().temp_size_in_bytes / math.prod(shape), 2),
     }
 
 
-def whole_arrays(result: str) -> int:
+def whole_arrays(result: str, shape: Shape) -> int:
     """The bytes per parameter of the whole arrays in the type of a result, such as ``(bf16[67108864]{0}, s32[])``."""
-    return sum(ITEMSIZES[dtype] for dtype in re.findall(rf"(\w+)\[{SIZE}\]", result))
+    return sum(ITEMSIZES[dtype] for dtype in re.findall(rf"(\w+)\[{','.join(map(str, shape))}\]", result))
 
 
 def row(variant: str, dtype: str, device: jax.Device) -> dict[str, Any]:
@@ -98,11 +102,17 @@ def row(variant: str, dtype: str, device: jax.Device) -> dict[str, Any]:
     }
 
 
+def described(platform: str) -> jax.Device:
+    """The device that need not be there."""
+    device: jax.Device = topologies.get_topology_desc(platform=platform, **DESCRIPTIONS[platform]).devices[0]
+    return device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0])
     parser.add_argument("platform", choices=DESCRIPTIONS)
     platform = parser.parse_args().platform
-    device = topologies.get_topology_desc(platform=platform, **DESCRIPTIONS[platform]).devices[0]
+    device = described(platform)
     rows = [row(variant, dtype, device) for dtype in ("float32", "bfloat16") for variant in peers.VARIANTS]
     save("compiled", rows, platform, f"{device.device_kind}, described")
     print(*report.tables("compiled", platform).values(), sep="\n\n")

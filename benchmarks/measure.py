@@ -17,7 +17,7 @@ import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LOAD = os.getloadavg()[0]  # before anything is measured
-PACKAGES = ("jax", "optax", "flax", "torch", "keras", "libtpu", "jax-cuda12-pjrt")
+PACKAGES = ("jax", "optax", "flax", "torch", "keras", "bitsandbytes", "libtpu", "jax-cuda12-pjrt")
 
 # A call that does one whole step and waits until it is done.
 Step = Callable[[], object]

@@ -2,31 +2,17 @@
 
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import storage_tables
+from benchmarks.cells import Row, markdown, milliseconds, spread
 from benchmarks.measure import RESULTS, load
 
-Row = dict[str, Any]
 README, PAGE = RESULTS.parents[1] / "README.md", RESULTS.parent / "RESULTS.md"  # three figures, all tables
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def spread(ratio: dict[str, float] | None) -> str:
-    """A median with its quartiles; a dash for what was not measured."""
-    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "–"
-
-
-def milliseconds(value: float) -> str:
-    return f"{1e3 * value:.3g}"
 
 
 # --- Tables ----------------------------------------------------------------------------------------------
@@ -159,6 +145,7 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "recording": {"recording": recording_table},
     "centered": {"centered": centered_table},
     "compiled": {"compiled": compiled_table},
+    **storage_tables.TABLES,
 }
 
 

@@ -124,3 +124,121 @@ def test_pictures_are_drawn_from_the_results(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.draw(part, "cpu").stat().st_size > 10_000
+
+
+# --- State in 8 and 16 bits ------------------------------------------------------------------------------------
+
+
+def test_bytes_of_the_state_are_codes_scales_and_small_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from benchmarks import storage
+
+    monkeypatch.setitem(trees.TREES, "tiny", [(96, 256), (100,)])
+    row, values = storage.row("tiny", "plain"), 96 * 256 + 100
+    assert row["per_value"]["8"] == pytest.approx(
+        {
+            "encoded": 1 + 4 / 256,
+            "all": (96 * 256 + 4 * 96 + 400) / values,
+            "share of small arrays": 100 / values,
+        }
+    )
+    assert row["per_value"]["16"]["encoded"] == 2
+    assert row["per_parameter"]["torch"] == row["per_parameter"]["optax"] == {"weights": 4, "state": 4}
+    assert row["per_parameter"]["bitsandbytes, 8 bits"]["state"] == row["per_parameter"]["ours, 8 bits"]["state"]
+
+
+def test_bytes_of_bitsandbytes_are_those_of_its_state() -> None:
+    torch = pytest.importorskip("torch")
+    optim = pytest.importorskip("bitsandbytes.optim")
+    from benchmarks import storage
+
+    for shape in ((64, 256), (65, 101), (10, 10)):
+        param = torch.nn.Parameter(torch.zeros(shape))
+        param.grad = torch.ones(shape)
+        optimizer = optim.RMSprop8bit([param])
+        optimizer.step()
+        names = ("state1", "absmax1") if "absmax1" in optimizer.state[param] else ("state1",)
+        assert storage.size_of_bitsandbytes(shape) == sum(optimizer.state[param][name].nbytes for name in names)
+
+
+@pytest.mark.script
+def test_errors_are_measured_for_every_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import rounding
+
+    monkeypatch.setattr(rounding, "ALPHAS", (0.5,))
+    monkeypatch.setattr(rounding, "PERIODS", (2,))
+    monkeypatch.setattr(rounding, "lengths", lambda alpha: (20, 10))
+    rows = [*rounding.root_rows(4), *rounding.periodic_rows(4), *rounding.signed_rows(4)]
+    assert {row["method"] for row in rows} == set(rounding.METHODS)
+    rms = {(row["kind"], row["method"]): row["rms of all"] for row in rows if row.get("gradients") in (None, "steady")}
+    for kind in ("root", "periodic", "signed"):
+        assert 0 < rms[kind, "ours, 16 bits"] < 0.01 < rms[kind, "ours, 8 bits"]
+
+
+def test_errors_are_split_by_the_size_of_the_gradients() -> None:
+    from benchmarks import rounding
+
+    errors = np.resize([0.5, -0.25], (3, 4)).astype(np.float32)
+    found = rounding.by_size((jnp.asarray(2 * errors), jnp.asarray(2 * errors**2)), 2, (1.0, 0.1))
+    assert found["mean"] == {"1": 0.5, "0.1": -0.25}
+    assert found["rms"] == {"1": 0.5, "0.1": 0.25}
+
+
+@pytest.mark.script
+def test_losses_are_compared_for_every_state_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flax")
+    pytest.importorskip("sklearn")
+    from benchmarks import loss, rounding
+
+    monkeypatch.setattr(loss, "SEEDS", (0,))
+    monkeypatch.setattr(loss, "VARIANTS", ("momentum",))
+    (name, problem), *others = loss.problems().items()
+    rows = list(loss.rows_of(name, problem._replace(steps=2, measured=8)))
+    assert [row["what"] for row in rows] == ["noise", *["state"] * len(loss.STATES), *["weights"] * 2]
+    assert all(abs(row["difference"]["mean"]) < 0.1 for row in rows)
+    assert all(row["encoded"] > 0.9 for row in rows if row["what"] == "state")
+    for name, problem in others:
+        tx = rounding.METHODS["ours, 8 bits"](loss.optimizer(problem, "momentum"))
+        assert 0 < loss.losses(problem._replace(steps=1, measured=8), tx) < 10, name
+
+
+@pytest.mark.script
+def test_steps_are_measured_for_every_state() -> None:
+    from benchmarks import compressed
+
+    for rule in compressed.RULES:
+        rows = compressed.rows_of(rule, (8, 512), rounds=1)
+        assert [row["state"] for row in rows] == list(compressed.STATES)
+        merged = [compressed.merged((row, row)) for row in rows]
+        assert merged[0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_codes_count_as_one_byte_of_a_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):  # which the module would set for good
+        monkeypatch.setenv(name, "cpu")
+    from benchmarks import compiled
+
+    assert compiled.whole_arrays("(u8[8,16]{1,0}, f32[8]{0}, bf16[8,16]{1,0})", (8, 16)) == 3
+
+
+def test_collectives_are_counted_with_their_arrays() -> None:
+    from benchmarks import collectives
+
+    lines = """
+      %a = f32[8]{0} all-reduce(%b), replica_groups={}
+      %c = (f32[8]{0}, f32[9]{0}) all-reduce(%d, %e), replica_groups={}
+      %f = f32[8]{0} fusion(%a), calls=%all-reduce
+    """
+    assert [result.count("[") for result in collectives.COLLECTIVE.findall(lines)] == [1, 2]
+
+
+@pytest.mark.script
+def test_an_update_on_many_devices_is_compared_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import collectives
+
+    monkeypatch.setattr(collectives, "DEVICES", 2)
+    rows = collectives.measure(full=False)
+    assert {(row["layout"], row["bits"]) for row in rows} == {
+        (x, bits) for x in collectives.LAYOUTS for bits in (8, 16)
+    }
+    assert all(row["same without fma"] for row in rows)
