@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
     Attributes:
       codes: like the array, in ``uint8``, ``int8`` or ``bfloat16``.
-      scale: what the codes of each row are multiplied with, float32 of shape ``codes.shape[:-1]``; ``None`` for
+      scale: what the codes of each row are multiplied by, float32 of shape ``codes.shape[:-1]``; ``None`` for
         ``bfloat16``.
     """
 
@@ -88,13 +88,14 @@ class _Float(NamedTuple):
 _SQUARE = _Float(dropped=20, first=768, offset=0.0, largest=1.875)
 _SIGNED = _Float(dropped=19, first=1904, offset=2.0**-8, largest=0.96875 - 2.0**-8)
 _HALF = np.uint32(1 << 31)  # the noise with which numbers are rounded to the nearest
-_SMALLEST_SCALE, _LARGEST_MAXIMUM = 1e-36, 1e37  # what float32 can multiply and divide by without harm
+LARGEST = 1e37  # what codes can hold
+_SMALLEST_SCALE = 1e-36  # what float32 can divide by
 
 
 # --- Into codes, and out of them -----------------------------------------------------------------------------
 
 
-def nothing(x: chex.Array, dtype: np.dtype) -> Encoded:
+def zeros(x: chex.Array, dtype: np.dtype) -> Encoded:
     """Zeros in codes of ``dtype``, with the shape and the sharding of ``x``."""
     rows = None if dtype == jnp.bfloat16 else jnp.zeros_like(jnp.max(x, axis=-1), jnp.float32)
     return Encoded(jnp.zeros_like(x, dtype), rows)
@@ -103,7 +104,7 @@ def nothing(x: chex.Array, dtype: np.dtype) -> Encoded:
 def encode(x: jax.Array, before: Encoded, noise: jax.Array | None = None) -> Encoded:
     """``x`` in the kind of codes of ``before``.
 
-    An element that is not finite keeps its code of ``before``, and its row the scale of ``before``.
+    An element that is not finite, or is over 1e37, keeps the value that it has in ``before``.
 
     Args:
       x: an array of floats. Where the codes are squares, what is below 0 becomes 0.
@@ -115,15 +116,13 @@ def encode(x: jax.Array, before: Encoded, noise: jax.Array | None = None) -> Enc
         # minutes.
         x, noise = jax.lax.optimization_barrier(x), jnp.asarray(_HALF)
     x = _without_derivative(x).astype(jnp.float32)
+    x = jnp.where(jnp.abs(x) <= LARGEST, x, decode(before))  # NaN compares as false
     if before.scale is None:
-        return Encoded(jnp.where(jnp.isfinite(x), rounded(x, before.codes.dtype, noise), before.codes), None)
+        return Encoded(rounded(x, before.codes.dtype, noise), None)
     kind = _SIGNED if before.codes.dtype == jnp.int8 else _SQUARE
-    largest = _row_maxima(x)
-    scale = jnp.maximum(largest * (1 / kind.largest), _SMALLEST_SCALE)
-    scale = jnp.where(largest <= _LARGEST_MAXIMUM, scale, before.scale)
+    scale = jnp.maximum(_row_maxima(x) * (1 / kind.largest), _SMALLEST_SCALE)
     ratio = x / scale[..., None]
-    codes = _signed(ratio, noise) if kind is _SIGNED else _square(ratio, noise)
-    return Encoded(jnp.where(jnp.isfinite(x), codes, before.codes), scale)
+    return Encoded(_signed(ratio, noise) if kind is _SIGNED else _square(ratio, noise), scale)
 
 
 def decode(encoded: Encoded) -> jax.Array:
@@ -204,7 +203,7 @@ def at_bottom(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _row_maxima(x: jax.Array) -> jax.Array:
-    """The largest magnitude of each row; NaN if there is one in it.
+    """The largest magnitude of each row.
 
     On a single CPU, XLA writes all magnitudes to memory before it reduces them, unless the reduction has two results.
     Over several devices, two results would be gathered twice.
@@ -231,7 +230,7 @@ def _both_extremes(x: jax.Array) -> jax.Array:
 
 
 def dither(shape: tuple[int, ...], step: jax.Array, salt: chex.Numeric) -> jax.Array:
-    """Evenly distributed uint32 numbers, the same on every layout of devices.
+    """Evenly distributed uint32 numbers: under ``jit``, the same on every layout of devices.
 
     ::
 

@@ -7,7 +7,7 @@ and back; parameters in half precision; which slots are encoded, and how. ``code
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -30,8 +30,10 @@ Kind = Literal["square", "signed", "full"]
 _SQUARES = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "square_avg", "exp_avg_sq")
 _SIGNED = ("mu", "trace", "grad_avg", "momentum_buffer", "exp_avg")
 _FIELDS: dict[str, Kind] = {**dict.fromkeys(_SQUARES, "square"), **dict.fromkeys(_SIGNED, "signed")}
+_EXCEPTIONS: dict[tuple[str, str], Kind] = {("ScaleBySM3State", "nu"): "signed"}  # its momentum
 _CODES: dict[str, np.dtype] = {"square": jnp.dtype(jnp.uint8), "signed": jnp.dtype(jnp.int8)}
-_NARROW: np.dtype = jnp.dtype(jnp.bfloat16)
+_BFLOAT16: np.dtype = jnp.dtype(jnp.bfloat16)
+_FLOAT32: np.dtype = jnp.dtype(jnp.float32)
 _SHORTEST_ROW = 8  # the scale of a shorter row would need half as many bytes as its codes, or more
 
 
@@ -91,15 +93,16 @@ def compress(
 
     What 8 bits cost:
 
-    - An average of squares is off by 9 to 12 % in its root (rms), and by less than 1 % in the mean.
+    - The root of an average of squares is off by 4, 8 and 11 % (rms) at alpha 0.9, 0.99 and 0.999, and by less than 1 %
+      in the mean.
     - A row spans 4e9, which is 6e4 in the gradients. An element below is held as if it were larger, and takes smaller
       steps. ``diagnostics.statistics`` counts these elements.
     - An element without gradients drifts while others of its row have some: with alpha 0.99 by −9 % in 600 steps.
     - ``optax.rmsprop(centered=True)`` subtracts one average from another, which the error may turn negative.
       :func:`rmsprop_jax.rmsprop` keeps the variance itself.
 
-    An element of the state that becomes NaN or infinite keeps its codes, and its row the scale. (The update is NaN
-    then, as it is without ``compress``.)
+    An element of the state that becomes NaN or infinite keeps the value that it had. (The update is NaN then, as it is
+    without ``compress``.) A parameter without a gradient keeps its slots up to rounding.
 
     Wrap the transformation that has the averages: ``optax.chain(optax.clip(1.0), compress(rmsprop(0.01)))``. Outside of
     it may be ``optax.masked``, ``partition``, ``MultiSteps``, ``apply_if_finite``, ``inject_hyperparams`` and
@@ -109,22 +112,24 @@ def compress(
       inner: any Optax transformation. It gets and returns slots in float32. (So leave out the ``accumulator_dtype`` of
         :func:`rmsprop_jax.rmsprop`, or set it to float32 for parameters in float64.)
       bits: 8 or 16.
-      min_size: the smallest number of elements that an array must have to be encoded. Smaller ones stay in float32.
+      min_size: the smallest number of elements that an array must have to be encoded. Smaller ones are in float32.
       slots: what fields of the state hold, by name: ``"square"``, ``"signed"``, or ``"full"`` for what stays as it is.
         It adds to the known names and overrides them.
-      seed: a whole number; each has its own noise. There is no random key: the noise is a hash of seed, step and
-        position, and therefore the same on one device and on many.
+      seed: a whole number; each has its own noise. There is no random key: the noise is a hash of seed, step, position
+        and the name of the field. Under ``jit`` it is the same on one device and on many. (Inside ``jax.shard_map``,
+        every device counts its own positions.)
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`CompressState`, a tree of arrays that is
-      jitted, donated, sharded and saved like any other. A run that resumes from it continues bit for bit. Only
-      ``jax.jit(tx.init)`` does not hold the whole state in float32 first.
+      jitted, donated, sharded and saved like any other. A run that resumes from it continues bit for bit. Call
+      ``jax.jit(tx.init)``: outside ``jit``, ``init`` makes the whole state in float32 first.
 
     Raises:
       ValueError: if ``bits``, ``min_size``, ``seed`` or a value of ``slots`` is not allowed; at ``init`` if the state
-        has a field with an unknown name, or a slot in float64; at ``update`` if the state is not what ``init`` gives.
-      TypeError: if ``inner`` is not a transformation, or a number not a whole one; also if an update is differentiated:
-        codes have no derivative.
+        has a field with an unknown name, a slot in float64 or one that is encoded already, or none of the fields that
+        ``slots`` names; at ``update`` if the state is not what ``init`` gives.
+      TypeError: if ``inner`` is not a transformation, or a number not a whole one; at ``update`` if ``inner`` rounds a
+        slot to half precision (``mu_dtype``), or if the update is differentiated, since codes have no derivative.
 
     Example:
       >>> import jax
@@ -153,18 +158,21 @@ def compress(
 
     def init(params: optax.Params) -> CompressState:
         inner_state = inner.init(params)
-        leaves, structure = jax.tree.flatten(inner_state)
-        dtypes = rules.code_dtypes(inner_state, params)
-        zeros = [x if dtype is None else codes.nothing(x, dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-        encoded = _encoded(inner_state, jax.tree.unflatten(structure, zeros))
-        return CompressState(new_counter(params), _outside_variables(encoded))
+        slots = rules.slots_of(inner_state, params)
+        rules.check_first(slots)
+        structure = jax.tree.structure(inner_state)
+        arrays = [slot.array if slot.dtype is None else slot.array.astype(slot.dtype) for slot in slots]
+        zeros = [x if slot.code is None else codes.zeros(x, slot.code) for x, slot in zip(arrays, slots, strict=True)]
+        wide, like = (jax.tree.unflatten(structure, leaves) for leaves in (arrays, zeros))
+        return CompressState(new_counter(params), _outside_variables(_encoded(wide, like)))
 
     def update(
         updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, CompressState]:
         rules.check_state(state, updates)
-        done, inner_state = inner.update(updates, decode(state.inner_state), params, **extra_args)
-        return done, CompressState(
+        new_updates, inner_state = inner.update(updates, decode(state.inner_state), params, **extra_args)
+        rules.check_returned(inner_state, updates)
+        return new_updates, CompressState(
             step=optax.safe_increment(state.step),
             inner_state=_encoded(inner_state, state.inner_state, (state.step, seed)),
         )
@@ -181,7 +189,7 @@ def decode(opt_state: optax.OptState) -> optax.OptState:
     ``diagnostics``, ``summary``, ``plotting`` and ``checkpoints`` do this themselves.
 
     Args:
-      opt_state: any optimizer state with any number of :class:`Encoded`, or none.
+      opt_state: any optimizer state with any number of :class:`Encoded`, or none; or its shapes and dtypes.
 
     Returns:
       The same tree, a :class:`CompressState` included, with a float32 array for each :class:`Encoded`.
@@ -202,7 +210,10 @@ def decode(opt_state: optax.OptState) -> optax.OptState:
     plain = [codes.unboxed(x) for x in leaves if is_encoded(x)]
     if not all(map(codes.is_sound, plain)):
         _refuse_unsound(opt_state)
-    arrays = iter(_decode_all(plain))
+    if any(isinstance(x.codes, jax.ShapeDtypeStruct) for x in plain):
+        arrays = iter(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.codes.sharding) for x in plain)
+    else:
+        arrays = iter(_decode_all(plain))
     return jax.tree.unflatten(structure, [_boxed(x.codes, next(arrays)) if is_encoded(x) else x for x in leaves])
 
 
@@ -251,7 +262,7 @@ def encode(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
     """
     _check_like(opt_state, like)
     zeros = jax.tree.map(
-        lambda old, x: codes.nothing(x, old.codes.dtype) if is_encoded(old) else x, like, opt_state, is_leaf=is_encoded
+        lambda old, x: codes.zeros(x, old.codes.dtype) if is_encoded(old) else x, like, opt_state, is_leaf=is_encoded
     )
     return _encoded(opt_state, zeros)
 
@@ -267,15 +278,21 @@ def _check_like(opt_state: optax.OptState, like: optax.OptState) -> None:
         )
         raise ValueError(f"opt_state must have the structure of like, but {where}; give like as init returns it")
     for (path, x), (_, old) in zip(given[0], wanted[0], strict=True):
-        if not is_encoded(old):
-            continue
-        name = f"opt_state{jax.tree_util.keystr(path)}"
-        if np.shape(x) != old.shape:
-            raise ValueError(f"{name} must have the shape {old.shape} of like, got {np.shape(x)}")
-        if is_encoded(x):
-            raise ValueError(f"{name} is encoded already; decode it first: encode(decode(opt_state), like)")
-        if not isinstance(x, jax.core.Tracer) and not jnp.isfinite(x).all():
-            raise ValueError(f"{name} must be finite, got NaN or infinity, which no code can hold")
+        if is_encoded(old):
+            _check_encodable(f"opt_state{jax.tree_util.keystr(path)}", x, old)
+
+
+def _check_encodable(name: str, x: Any, like: Encoded) -> None:
+    if is_encoded(x):
+        raise ValueError(f"{name} is encoded already; decode it first: encode(decode(opt_state), like)")
+    if np.shape(x) != like.shape:
+        raise ValueError(f"{name} must have the shape {like.shape} of like, got {np.shape(x)}")
+    if isinstance(x, jax.core.Tracer):
+        return
+    if not (jnp.abs(x) <= codes.LARGEST).all():
+        raise ValueError(f"{name} must be finite and at most {codes.LARGEST:g}, which is what codes can hold")
+    if like.codes.dtype == jnp.uint8 and (x < 0).any():
+        raise ValueError(f"{name} must not be negative, since its codes are those of squares, got {float(x.min()):.3g}")
 
 
 # --- Parameters in half precision ----------------------------------------------------------------------------
@@ -290,11 +307,11 @@ def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numer
 
     Rounded to the nearest, an update is lost as soon as it is smaller than half the distance between two numbers of the
     dtype, which in bfloat16 is 0.2 to 0.4 % of the parameter. Leaves of other dtypes are updated as
-    ``optax.apply_updates`` does it.
+    ``optax.apply_updates`` does it. So are the subnormal numbers of float16, below 6e-5.
 
     Args:
       params: a tree of parameters.
-      updates: a tree like ``params``. Where it has ``None``, the parameter stays as it is.
+      updates: a tree like ``params``. Where it has ``None`` or a mask, the parameter stays as it is.
       step: number of updates so far, an int32 scalar or an int; another one in every step. The noise depends on it:
         ``storage.apply_updates(params, updates, state.step)``.
       seed: a whole number; another one gives another noise.
@@ -303,7 +320,7 @@ def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numer
       The new parameters, with the dtypes of ``params``.
 
     Raises:
-      ValueError: if ``updates`` are not like ``params``, or ``seed`` is negative.
+      ValueError: if ``updates`` are not like ``params``, or ``seed`` or ``step`` is negative.
       TypeError: if ``step`` is not a whole number.
 
     Example:
@@ -318,30 +335,71 @@ def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numer
       >>> print(f"{stochastic.astype(float).mean():.2f} {nearest.astype(float).mean():.2f}")  # 1 + 100 · 0.001
       1.10 1.00
     """
-    seed = check_count("seed", seed, at_least=0)
-    step = jnp.asarray(step)
-    if step.shape or not jnp.issubdtype(step.dtype, jnp.integer):
-        raise TypeError(f"step must be a whole number, the number of updates so far, got {shown(step)}")
+    salt = _salt(check_count("seed", seed, at_least=0))
     structure: Any
-    leaves, structure = jax.tree.flatten(params, is_leaf=lambda x: x is None)
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
     parts = structure.flatten_up_to(updates)
-    moved = [
-        p if p is None or u is None else _moved(p, u, step, _salt(seed)) for p, u in zip(leaves, parts, strict=True)
-    ]
+    places = [i for i, (_, p) in enumerate(flat) if p is not None and not isinstance(parts[i], None | optax.MaskedNode)]
+    for i in places:
+        if np.shape(flat[i][1]) != np.shape(parts[i]):
+            raise ValueError(
+                f"updates must be like params, but params{jax.tree_util.keystr(flat[i][0])} has shape "
+                f"{np.shape(flat[i][1])} and its update {np.shape(parts[i])}"
+            )
+    moved = [p for _, p in flat]
+    added = _add_all([moved[i] for i in places], [parts[i] for i in places], _checked_step(step), salt)
+    for i, p in zip(places, added, strict=True):
+        moved[i] = p
     return jax.tree.unflatten(structure, moved)
 
 
+def _checked_step(step: Any) -> Any:
+    is_array = isinstance(step, jax.Array | np.ndarray | np.generic)
+    if is_array and not step.shape and jnp.issubdtype(step.dtype, jnp.integer):
+        return step
+    if is_array:
+        raise TypeError(f"step must be a whole number, the number of updates so far, got {shown(step)}")
+    return check_count("step", step, at_least=0)
+
+
 @jax.jit
-def _moved(p: jax.Array, u: jax.Array, step: jax.Array, salt: chex.Numeric) -> jax.Array:
+def _add_all(
+    params: Sequence[jax.Array], updates: Sequence[jax.Array], step: jax.Array, salt: chex.Numeric
+) -> list[jax.Array]:
+    return [_add(p, u, step, salt) for p, u in zip(params, updates, strict=True)]
+
+
+@jax.jit
+def _add(p: jax.Array, u: jax.Array, step: jax.Array, salt: chex.Numeric) -> jax.Array:
     p = jnp.asarray(p)
     if p.dtype not in (jnp.bfloat16, jnp.float16):
         return jnp.asarray(optax.apply_updates(p, u))
     exact = p.astype(jnp.float32) + jnp.asarray(u, jnp.float32)
-    noise = codes.dither(exact.shape, step, salt)
-    return jnp.where(jnp.isfinite(exact), codes.rounded(exact, p.dtype, noise), exact.astype(p.dtype))
+    largest = float(jnp.finfo(p.dtype).max)
+    noise = codes.dither(exact.shape, jnp.asarray(step), salt)
+    held = codes.rounded(jnp.clip(exact, -largest, largest), p.dtype, noise)
+    return jnp.where(jnp.isfinite(exact), held, exact.astype(p.dtype))
 
 
 # --- Which slots are encoded, and how --------------------------------------------------------------------------
+
+
+class _Slot(NamedTuple):
+    """A leaf of a state.
+
+    Attributes:
+      name: its path, for messages.
+      array: the leaf itself.
+      field: the name of the field whose subtree is like the parameters; ``None`` if there is none.
+      dtype: that in which ``inner`` gets it, float32 at least; ``None`` for what stays as it is.
+      code: the dtype of its codes; ``None`` if it is not encoded.
+    """
+
+    name: str
+    array: Any
+    field: str | None = None
+    dtype: np.dtype | None = None
+    code: np.dtype | None = None
 
 
 class _Rules(NamedTuple):
@@ -350,39 +408,67 @@ class _Rules(NamedTuple):
     Attributes:
       bits: 8 or 16.
       min_size: the number of elements from which an array is encoded.
-      fields: what a field of a state holds, by name.
+      given: what fields of a state hold, by name, as far as the caller says it.
     """
 
     bits: int
     min_size: int
-    fields: Mapping[str, Kind]
+    given: Mapping[str, Kind]
 
-    def code_dtypes(self, inner_state: Any, params: Any) -> Iterator[np.dtype | None]:
-        """For each leaf of a state the dtype of its codes; ``None`` if it is not encoded."""
+    def slots_of(self, inner_state: Any, params: Any) -> list[_Slot]:
+        """Every leaf of a state, and what becomes of it."""
         shapes = {path: np.shape(p) for path, p in jax.tree_util.tree_leaves_with_path(params)}
-        for path, x in jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_encoded):
-            field = _field(path, x, shapes)
-            yield None if field is None else self._code_dtype(path, x, field)
+        leaves = jax.tree_util.tree_leaves_with_path(inner_state, is_leaf=is_encoded)
+        return [self._slot(inner_state, path, x, shapes) for path, x in leaves]
 
-    def _code_dtype(self, path: Any, x: Any, field: str) -> np.dtype | None:
-        shape = np.shape(x)
-        is_large = math.prod(shape) >= self.min_size and shape[-1:] >= (_SHORTEST_ROW,)
-        if not is_large or not jnp.issubdtype(x.dtype, jnp.floating) or self.fields.get(field) == "full":
-            return None
-        name = f"state.inner_state{jax.tree_util.keystr(path)}"
-        if jnp.finfo(x.dtype).bits > 32:
+    def _slot(self, inner_state: Any, path: Any, x: Any, shapes: Mapping[Any, tuple[int, ...]]) -> _Slot:
+        name, shape = f"state.inner_state{jax.tree_util.keystr(path)}", np.shape(x)
+        start = next((i for i in range(len(path) + 1) if shapes.get(path[i:]) == shape), None)
+        if start is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return _Slot(name, x)
+        field = jax.tree_util.keystr(path[:start][-1:], simple=True)
+        holds = self._holds(inner_state, path[:start], field)
+        if holds == "full":
+            return _Slot(name, x, field)
+        is_wide = jnp.finfo(x.dtype).bits > 32
+        slot = _Slot(name, x, field, x.dtype if is_wide else _FLOAT32)
+        if math.prod(shape) < self.min_size or shape[-1:] < (_SHORTEST_ROW,):
+            return slot
+        if is_wide:
             raise ValueError(
                 f"{name} must be float32 or narrower, got {x.dtype}; keep it so with slots={{{field!r}: 'full'}}, or "
-                "build the transformation inside with accumulator_dtype='float32'"
+                "build rmsprop_jax's transformation with accumulator_dtype='float32'"
             )
         if self.bits == 16:
-            return _NARROW
-        if field not in self.fields:
+            return slot._replace(code=_BFLOAT16)
+        if holds is None:
             raise ValueError(
-                f"{name} is in a field of unknown meaning, {field}; say what it holds, for example "
+                f"{name} is in a field of unknown meaning, {field or 'without a name'}; say what it holds, for example "
                 f"slots={{{field!r}: 'signed'}}, or 'square' for an average of squares, or 'full' to keep it as it is"
             )
-        return _CODES[self.fields[field]]
+        return slot._replace(code=_CODES[holds])
+
+    def _holds(self, inner_state: Any, path: Any, field: str) -> Kind | None:
+        """What the field at the end of ``path`` holds: as the caller says, or as it is known."""
+        owner: Any = inner_state
+        for key in path[:-1]:
+            owner = getattr(owner, key.name) if isinstance(key, jax.tree_util.GetAttrKey) else _child(owner, key)
+        return self.given.get(field) or _EXCEPTIONS.get((type(owner).__name__, field)) or _FIELDS.get(field)
+
+    def check_first(self, slots: Sequence[_Slot]) -> None:
+        """Raises if ``inner`` encodes too, or if the caller names a field that no slot has."""
+        for slot in slots:
+            if is_encoded(slot.array):
+                raise ValueError(
+                    f"inner must not encode its state, but {slot.name} is encoded; use one storage.compress"
+                )
+        fields = {slot.field for slot in slots if slot.field is not None}
+        unknown = set(self.given) - fields
+        if unknown and fields:
+            raise ValueError(
+                f"slots names {', '.join(map(repr, sorted(unknown)))}, but the fields of the state that are like "
+                f"parameters are {', '.join(map(repr, sorted(fields)))}"
+            )
 
     def check_state(self, state: Any, updates: optax.Updates) -> None:
         """Raises at the first array that does not rest as ``init`` would have put it to rest."""
@@ -391,30 +477,35 @@ class _Rules(NamedTuple):
                 f"state must be the CompressState that init returned, got {type(state).__name__}; take it out of the "
                 "state of a chain, and restore a checkpoint into what init returns"
             )
-        leaves = jax.tree_util.tree_leaves_with_path(state.inner_state, is_leaf=is_encoded)
-        for (path, x), dtype in zip(leaves, self.code_dtypes(state.inner_state, updates), strict=True):
-            found = x.codes.dtype if is_encoded(x) else None
-            if dtype is not None and found != dtype:
+        for slot in self.slots_of(state.inner_state, updates):
+            found = slot.array.codes.dtype if is_encoded(slot.array) else None
+            if slot.field is not None and found != slot.code:
                 raise ValueError(
-                    f"state.inner_state{jax.tree_util.keystr(path)} is in {found or x.dtype}, but init encodes it in "
-                    f"{dtype}; call storage.encode(storage.decode(state), init(params))"
+                    f"{slot.name} is in {found or slot.array.dtype}, but init "
+                    f"{f'encodes it in {slot.code}' if slot.code else 'does not encode it'}; call "
+                    "storage.encode(storage.decode(state), init(params))"
+                )
+
+    def check_returned(self, inner_state: Any, updates: optax.Updates) -> None:
+        """Raises at the first slot that ``inner`` has rounded to half precision."""
+        for slot in self.slots_of(inner_state, updates):
+            if slot.dtype is not None and jnp.finfo(slot.array.dtype).bits < 32:
+                raise TypeError(
+                    f"inner rounds {slot.name} to {slot.array.dtype}, which loses small changes before they are "
+                    "encoded; build it without mu_dtype or accumulator_dtype"
                 )
 
 
-def _field(path: Any, x: Any, shapes: Mapping[Any, tuple[int, ...]]) -> str | None:
-    """The field of a state whose subtree is like the parameters and has ``x`` as a leaf; ``None`` if there is none.
-
-    A slot has the shape of a parameter, and its path ends with that of the parameter.
-    """
-    for start in range(len(path)):
-        rest = path[start + 1 :]
-        if rest in shapes and shapes[rest] == np.shape(x):
-            return jax.tree_util.keystr(path[start : start + 1], simple=True)
-    return None
+def _child(tree: Any, key: Any) -> Any:
+    """The child of a node that has items, or ``None``."""
+    try:
+        return tree[getattr(key, "key", getattr(key, "idx", None))]
+    except (TypeError, KeyError, IndexError):
+        return None
 
 
 def _checked_bits(bits: Any) -> int:
-    if isinstance(bits, bool) or bits not in (8, 16):
+    if not isinstance(bits, int | np.integer) or isinstance(bits, bool) or bits not in (8, 16):
         raise ValueError(f"bits must be 8 or 16, got {shown(bits)}")
     return int(bits)
 
@@ -427,7 +518,7 @@ def _checked_fields(slots: Any) -> dict[str, Kind]:
             raise ValueError(
                 f"slots must say 'square', 'signed' or 'full' for a field's name, got {shown(holds)} for {shown(field)}"
             )
-    return _FIELDS | dict(slots or {})
+    return dict(slots or {})
 
 
 # --- All arrays of a state in one call -------------------------------------------------------------------------

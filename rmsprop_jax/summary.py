@@ -110,8 +110,8 @@ def summarize(
     - average stalled: the state is narrower than float32, and either the gradients are far below the average that
       should have followed them, or the average is 0 where they are not. (An average with a long memory may lag behind
       without rounding. One that stalled shows the same effective learning rates in a later table.)
-    - 8 bits too few: too many codes are the smallest ones. The limits are 2 % of the squares (which are then held as
-      if their gradients were larger, so that their steps are too small) and 30 % of the codes with a sign.
+    - 8 bits too few: in some leaves, over 2 % of the squares have the smallest code, which holds them as if their
+      gradients were larger, or over 30 % of the codes with a sign are among the 15 smallest.
     - centered step exploding: a gradient that hardly varies is divided by its vanishing deviation, or by eps alone,
       and steps are over a hundred times lr.
 
@@ -221,20 +221,24 @@ def _remarks(leaves: Mapping[str, figures.LeafUpdate], found: Mapping[str, float
                 f"learning rate too high: one update is {found['total/update_ratio']:.0%} of the parameters "
                 f"(0.1% is usual, {_LIMITS['update_ratio']:.0%} the limit); lower lr"
             )
-        yield from _too_few_bits(found)
+        yield from _too_few_bits(leaves, found)
 
 
-def _too_few_bits(found: Mapping[str, float]) -> Iterator[str]:
-    squares, signed = (found.get(f"{figures.TOTAL}/{name}", 0.0) for name in ("squares_at_bottom", "signed_at_bottom"))
-    if squares > _LIMITS["squares_at_bottom"]:
+def _too_few_bits(leaves: Mapping[str, figures.LeafUpdate], found: Mapping[str, float]) -> Iterator[str]:
+    def beyond(figure: str) -> list[str]:
+        return [name for name in leaves if found.get(f"{name}/{figure}", 0.0) > _LIMITS[figure]]
+
+    squares, signed = beyond("squares_at_bottom"), beyond("signed_at_bottom")
+    if squares:
         yield (
-            f"8 bits too few: {squares:.0%} of the codes of squares are the smallest one, so these elements, whose "
-            "gradients are 60,000 times smaller than the largest of their row, take smaller steps; use bits=16"
+            f"8 bits too few: in {_listed(squares)} over {_LIMITS['squares_at_bottom']:.0%} of the squares have the "
+            "smallest code. Their gradients are at least 60,000 times smaller than the largest of their row, so they "
+            "take smaller steps than they should; use bits=16"
         )
-    if signed > _LIMITS["signed_at_bottom"]:
+    if signed:
         yield (
-            f"8 bits too few: {signed:.0%} of the codes with a sign are among the 15 smallest, which are coarse; use "
-            "bits=16"
+            f"8 bits too few: in {_listed(signed)} over {_LIMITS['signed_at_bottom']:.0%} of the codes with a sign are "
+            "among the 15 smallest, which are coarse; use bits=16"
         )
 
 

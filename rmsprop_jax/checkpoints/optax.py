@@ -184,11 +184,7 @@ def _plain(opt_state: Any) -> Any:
     """A state in float32, without what ``storage.compress`` puts around it."""
 
     def plain(x: Any) -> Any:
-        if isinstance(x, storage.CompressState):
-            return _plain(x.inner_state)
-        if isinstance(x, storage.Encoded) and isinstance(x.codes, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.codes.sharding)
-        return storage.decode(x)
+        return _plain(x.inner_state) if isinstance(x, storage.CompressState) else storage.decode(x)
 
     return jax.tree.map(plain, opt_state, is_leaf=_is_stored) if _has_stored(opt_state) else opt_state
 
@@ -199,8 +195,9 @@ def _stored_like(like: Any, plain: Any) -> Any:
     def around(x: Any, part: Any) -> Any:
         if not isinstance(x, storage.CompressState):
             return part
-        inner_state = jax.tree.map(around, x.inner_state, part, is_leaf=_is_stored)
-        return storage.CompressState(jnp.zeros(x.step.shape, x.step.dtype), inner_state)
+        steps = [node.step for node in jax.tree.leaves(part, is_leaf=is_state) if is_state(node)]
+        step = jnp.asarray(steps[0], x.step.dtype) if steps else jnp.zeros(x.step.shape, x.step.dtype)
+        return storage.CompressState(step, jax.tree.map(around, x.inner_state, part, is_leaf=_is_stored))
 
     if not _has_stored(like):
         return plain

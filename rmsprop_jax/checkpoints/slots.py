@@ -36,6 +36,7 @@ SLOTS = RMSPropState._fields[1:]  # all fields but the step
 # The field in which a state of Optax counts the updates that a schedule reads. Every other count is one of something
 # else: of updates that were not finite, of gradients that are accumulated, of a plateau.
 SCHEDULE_COUNTS = {
+    "CompressState": "step",
     "ScaleByScheduleState": "count",
     "InjectHyperparamsState": "count",
     "InjectStatefulHyperparamsState": "count",
