@@ -172,7 +172,7 @@ def rounded(x: jax.Array, dtype: np.dtype, noise: chex.Numeric) -> jax.Array:
     Numbers below the normal ones of float16 are rounded to the nearest.
     """
     dropped = 23 - jnp.finfo(dtype).nmant
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (noise >> 32 - dropped)
+    bits = jax.lax.bitcast_convert_type(_without_derivative(x), jnp.uint32) + (noise >> 32 - dropped)
     return _float(bits & np.uint32(0xFFFFFFFF << dropped & 0xFFFFFFFF)).astype(dtype)
 
 
@@ -184,8 +184,8 @@ def _without_derivative(x: jax.Array) -> jax.Array:
 @_without_derivative.defjvp
 def _refuse_derivative(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     raise TypeError(
-        "a state in 8 or 16 bits has no derivative, but one was asked for; differentiate through the transformation "
-        "without storage.compress, or keep the update out with jax.lax.stop_gradient"
+        "what is rounded to codes or to half precision at random has no derivative, but one was asked for; do without "
+        "storage.compress and storage.apply_updates there, or keep the update out with jax.lax.stop_gradient"
     )
 
 

@@ -95,8 +95,8 @@ def compress(
 
     - The root of an average of squares is off by 4, 8 and 11 % (rms) at alpha 0.9, 0.99 and 0.999, and by less than 1 %
       in the mean.
-    - A row spans 4e9, which is 6e4 in the gradients. An element below is held as if it were larger, and takes smaller
-      steps. ``diagnostics.statistics`` counts these elements.
+    - In a row, the largest and the smallest square may differ by 4e9, which is 6e4 in the gradients. A smaller one is
+      held as that smallest one, so its steps are too small. ``diagnostics.statistics`` counts these elements.
     - An element without gradients drifts while others of its row have some: with alpha 0.99 by −9 % in 600 steps.
     - ``optax.rmsprop(centered=True)`` subtracts one average from another, which the error may turn negative.
       :func:`rmsprop_jax.rmsprop` keeps the variance itself.
@@ -116,8 +116,8 @@ def compress(
       slots: what fields of the state hold, by name: ``"square"``, ``"signed"``, or ``"full"`` for what stays as it is.
         It adds to the known names and overrides them.
       seed: a whole number; each has its own noise. There is no random key: the noise is a hash of seed, step, position
-        and the name of the field. Under ``jit`` it is the same on one device and on many. (Inside ``jax.shard_map``,
-        every device counts its own positions.)
+        in the array and the name of the field, so that arrays of one shape share it. Under ``jit`` it is the same on
+        one device and on many. (Inside ``jax.shard_map``, every device counts its own positions.)
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose state is a :class:`CompressState`, a tree of arrays that is
@@ -260,26 +260,36 @@ def encode(opt_state: optax.OptState, like: optax.OptState) -> optax.OptState:
       >>> print(state.step, state.inner_state.square_avg.codes.dtype)
       1 uint8
     """
-    _check_like(opt_state, like)
-    zeros = jax.tree.map(
-        lambda old, x: codes.zeros(x, old.codes.dtype) if is_encoded(old) else x, like, opt_state, is_leaf=is_encoded
-    )
-    return _encoded(opt_state, zeros)
+    arrays = _arrays_like(opt_state, like)
+    olds, structure = jax.tree.flatten(like, is_leaf=is_encoded)
+    zeros = [
+        Encoded(*map(_boxed, old, codes.zeros(x, codes.unboxed(old).codes.dtype))) if is_encoded(old) else x
+        for x, old in zip(arrays, olds, strict=True)
+    ]
+    return _encoded(jax.tree.unflatten(structure, arrays), jax.tree.unflatten(structure, zeros))
 
 
-def _check_like(opt_state: optax.OptState, like: optax.OptState) -> None:
-    given: Any = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_encoded)
+def _arrays_like(opt_state: optax.OptState, like: optax.OptState) -> list[Any]:
+    """The leaves of ``opt_state`` in the places of the leaves and the encoded arrays of ``like``."""
     wanted: Any = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_encoded)
-    if given[1] != wanted[1]:
-        names = [[jax.tree_util.keystr(path) for path, _ in leaves] for leaves, _ in (given, wanted)]
+    try:
+        parts = wanted[1].flatten_up_to(opt_state)
+        fits = all(is_encoded(x) or len(jax.tree.leaves(x)) == 1 for x in parts)
+    except ValueError:
+        fits = False
+    if not fits:
+        given = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_encoded)
+        names = [[jax.tree_util.keystr(path) for path, _ in leaves] for leaves in (given, wanted[0])]
         different = next((pair for pair in zip(*names, strict=False) if pair[0] != pair[1]), None)
         where = (
             f"{different[0]} is {different[1]} there" if different else f"{len(names[0])} leaves are {len(names[1])}"
         )
         raise ValueError(f"opt_state must have the structure of like, but {where}; give like as init returns it")
-    for (path, x), (_, old) in zip(given[0], wanted[0], strict=True):
+    arrays = [x if is_encoded(x) else jax.tree.leaves(x)[0] for x in parts]
+    for (path, old), x in zip(wanted[0], arrays, strict=True):
         if is_encoded(old):
-            _check_encodable(f"opt_state{jax.tree_util.keystr(path)}", x, old)
+            _check_encodable(f"opt_state{jax.tree_util.keystr(path)}", x, codes.unboxed(old))
+    return arrays
 
 
 def _check_encodable(name: str, x: Any, like: Encoded) -> None:
@@ -314,14 +324,14 @@ def apply_updates(params: optax.Params, updates: optax.Updates, step: chex.Numer
       updates: a tree like ``params``. Where it has ``None`` or a mask, the parameter stays as it is.
       step: number of updates so far, an int32 scalar or an int; another one in every step. The noise depends on it:
         ``storage.apply_updates(params, updates, state.step)``.
-      seed: a whole number; another one gives another noise.
+      seed: a whole number; another one gives another noise. Arrays of one shape share it.
 
     Returns:
       The new parameters, with the dtypes of ``params``.
 
     Raises:
       ValueError: if ``updates`` are not like ``params``, or ``seed`` or ``step`` is negative.
-      TypeError: if ``step`` is not a whole number.
+      TypeError: if ``step`` is not a whole number, or if the sum is differentiated.
 
     Example:
       >>> import jax.numpy as jnp

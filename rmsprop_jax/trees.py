@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from rmsprop_jax.arguments import shown
+from rmsprop_jax.codes import is_encoded
 from rmsprop_jax.state import RMSPropState, is_array, is_trainable, kind, slot_dtype
 
 
@@ -158,7 +159,8 @@ def _expected_dtype(accumulator_dtype: np.dtype | None, g: Any, param: Any, squa
 
 def _is_like(g: Any, part: Any) -> bool:
     """Whether ``part`` is an array of the shape and the kind of ``g``: real or complex."""
-    return is_array(part) and g.shape == part.shape and kind(g.dtype) is kind(part.dtype) is not None
+    is_plain = is_array(part) and not is_encoded(part)
+    return is_plain and g.shape == part.shape and kind(g.dtype) is kind(part.dtype) is not None
 
 
 def _mismatch(updates: optax.Updates, i: int, name: str, part: Any) -> ValueError | TypeError:
@@ -168,6 +170,11 @@ def _mismatch(updates: optax.Updates, i: int, name: str, part: Any) -> ValueErro
         return ValueError(
             f"updates{path} is a gradient, but {name}{path} has no slot for it; init gives one to every floating or "
             "complex array that params have"
+        )
+    if is_encoded(part):
+        return ValueError(
+            f"{name}{path} is in {part.codes.dtype}; update it with storage.compress, or give "
+            "storage.decode(state).inner_state, which is in float32"
         )
     if not is_array(part):
         return ValueError(f"updates{path} is one array, but {name}{path} is {shown(part)}")

@@ -31,7 +31,7 @@ ROOMS: dict[str, Room] = {
     "codes": Room(1, set()),
     "placement": Room(1, set()),
     "storage": Room(2, {"arguments", "codes", "placement"}),
-    "trees": Room(2, {"state", "arguments"}),
+    "trees": Room(2, {"state", "arguments", "codes"}),
     "figures": Room(2, {"state", "codes"}),
     "lift": Room(3, {"equations", "state", "arguments", "trees", "placement"}),
     "transform": Room(4, {"equations", "arguments", "lift"}),

@@ -522,6 +522,18 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "step must be a whole number",
     ),
+    "an encoded state without compress": (
+        lambda: rmsprop(0.1).update(PARAMS, ENCODED.inner_state, PARAMS),
+        ValueError,
+        r"state\.square_avg\['conv'\] is in uint8; update it with storage\.compress, or give storage\.decode",
+    ),
+    "a derivative of apply_updates": (
+        lambda: jax.grad(lambda u: storage.apply_updates(jnp.ones(8, "bfloat16"), u, 0).astype(float).sum())(
+            jnp.ones(8)
+        ),
+        TypeError,
+        "no derivative.*storage.apply_updates",
+    ),
     "other bits": (
         lambda: compress(rmsprop(0.1), 16).update(PARAMS, ENCODED, PARAMS),
         ValueError,
@@ -725,6 +737,10 @@ def test_state_inside_flax_variables_is_found_by_its_path() -> None:
     params, updates = nnx.state(model, nnx.Param), nnx.state(model, nnx.Param)
     found = diagnostics.statistics(optimizer.tx, nnx.state(grads), updates, optimizer.opt_state, params)
     assert "dense/kernel/squares_at_bottom" in found
+    pure = optimizer.opt_state
+    again = storage.encode(storage.decode(pure), pure)
+    assert_close(jax.tree.leaves(again), jax.tree.leaves(pure), ulps=2)  # of scales
+    assert jax.tree.structure(again) == jax.tree.structure(pure)
     decoded = storage.decode(optimizer.opt_state)
     assert {str(x.dtype) for x in jax.tree.leaves(decoded)} == {"int32", "float32"}
 
