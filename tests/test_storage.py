@@ -345,6 +345,12 @@ def test_tools_of_jax_and_optax_take_the_state() -> None:
     assert_same(leaf_for_leaf, state)
     loaded = pickle.loads(pickle.dumps(bits_of(state)))
     assert_same(run(tx, 2, state=loaded, first=2), run(tx, 2, state=state, first=2))
+
+
+def test_an_update_is_exported() -> None:
+    pytest.importorskip("flatbuffers")
+    tx = compress(rmsprop(0.01, momentum=0.9))
+    _, state = run(tx, 2)
     exported = jax.export.export(jax.jit(tx.update))(gradients(0), state, PARAMS)
     again = jax.export.deserialize(bytearray(exported.serialize()))
     assert_alike(again.call(gradients(2), state, PARAMS)[1], state)
