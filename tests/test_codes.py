@@ -104,9 +104,10 @@ def test_the_mean_of_many_codes_is_the_number(dtype: np.dtype) -> None:
     total = at_steps(x, dtype, 512)[1].sum(0)
     scale = np.abs(x) if dtype != INT8 else np.abs(x) + np.abs(x).max(1, keepdims=True) * 2**-8
     error = (total / 512 - x) / scale
-    # One rounding is off by up to 1/8, 1/16 or 1/128; 512 of them, which are spread evenly in sixteens, by far less.
+    # One rounding is off by up to 1/8, 1/16 or 1/128. The mean of 512, spread evenly in sixteens, is off by up to 0.018
+    # of that here; with a new hash at every step, by up to 0.058.
     width = {UINT8: 1 / 8, INT8: 1 / 16, BFLOAT16: 1 / 128}[dtype]
-    assert np.abs(error).max() < 0.1 * width
+    assert np.abs(error).max() < 0.04 * width
     assert np.abs(error.mean()) < 2e-3 * width
 
 
@@ -149,7 +150,7 @@ def test_what_is_too_large_for_codes_keeps_its_value(dtype: np.dtype) -> None:
     x[1] = 3e38
     after = encoded(x, dtype, step=1, before=before)
     np.testing.assert_allclose(decoded(after), 1.0, rtol=1e-6)
-    x[1] = 0.9e37
+    x[1] = 0.9e37  # fits
     np.testing.assert_allclose(decoded(encoded(x, dtype, step=1, before=before))[1], 0.9e37, rtol=1e-2)
 
 
@@ -171,7 +172,10 @@ def test_an_element_that_stays_not_finite_spoils_no_row(dtype: np.dtype) -> None
 def test_zeros_and_the_smallest_numbers_stay_finite(dtype: np.dtype) -> None:
     x = np.zeros((4, 8), np.float32)
     x[1], x[2], x[3, 0] = 1e-45, 1e-37, 1e-30
-    got = decoded(encoded(x, dtype))
+    resting = encoded(x, dtype)
+    assert (resting.codes[0] == 0).all()
+    assert resting.scale is None or (resting.scale > 0).all()
+    got = decoded(resting)
     assert (got[0] == 0).all()
     assert (got[1] <= 2e-36 * 2.0**-8).all()
     np.testing.assert_allclose(got[2], 1e-37, rtol=0.13)
@@ -194,6 +198,20 @@ def test_idle_rows_keep_their_codes_while_their_scale_decays() -> None:
     end = jax.lax.fori_loop(0, 200, idle, start)
     assert (end.codes != start.codes).mean() < 1e-3
     np.testing.assert_allclose(np.median(decoded(end) / decoded(start)), 0.9**200, rtol=1e-4)
+
+
+def test_row_maxima_are_the_same_on_every_device() -> None:
+    x = -jnp.asarray(numbers(INT8, 8, 16))
+    for values in (x, jnp.abs(x), -jnp.abs(x), 0 * x):
+        one_loop, elsewhere = codes._both_extremes(values), codes._largest_magnitude(values)
+        assert (one_loop == elsewhere).all()
+        assert (elsewhere == np.abs(np.asarray(values)).max(1)).all()
+
+
+def test_exact_halves_are_rounded_up() -> None:
+    """To the nearest: 1.0625 lies between the codes of 1 and 1.125."""
+    x = jnp.array([[1.875, 1.0625, 1.0]])
+    assert codes.encode(x, codes.zeros(x, UINT8)).codes.tolist() == [[255, 249, 248]]
 
 
 def test_a_derivative_is_refused() -> None:
@@ -234,6 +252,7 @@ def test_codes_at_the_bottom_are_counted() -> None:
         (jnp.zeros((2, 8), jnp.float32), jnp.zeros(2), False),
         (jnp.zeros((), jnp.uint8), jnp.zeros(()), False),
         (None, None, False),
+        (jnp.zeros((2, 8), jnp.int32), jnp.zeros(2), False),
     ],
 )
 def test_codes_and_scale_belong_together(values: jax.Array, scale: jax.Array, sound: bool) -> None:
@@ -258,6 +277,29 @@ def test_the_dither_is_uniform_at_every_step_and_over_the_steps_of_a_position() 
         assert np.abs(counts - 1 / 8).max() < spread, (axis, np.abs(counts - 1 / 8).max())
     neighbors = np.corrcoef(steps[:, :-1].ravel(), steps[:, 1:].ravel())[0, 1]
     assert abs(neighbors) < 0.01
+
+
+def lowbias32(x: int) -> int:
+    """From the description of the hash, on Python's integers."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x ^ x >> 16
+
+
+def test_the_dither_is_the_formula_of_its_docstring() -> None:
+    """Bit for bit, since a run that is resumed with another version has to go on as it would have."""
+    for step in (0, 1, 15, 16, 1000):
+        for salt in (0, 12345):
+            got = np.asarray(dither((3, 5), jnp.int32(step), np.uint32(salt))).ravel()
+            start = lowbias32(salt ^ lowbias32(step >> 4))
+            wanted = [(lowbias32(i ^ start) + step * 0x9E3779B9) % 2**32 for i in range(15)]
+            assert got.tolist() == wanted
+
+
+def test_the_dither_is_spread_evenly_within_sixteen_steps() -> None:
+    """The means of sixteen differ by 0.024; those of independent numbers by 0.072."""
+    steps = np.asarray(jax.vmap(lambda step: dither((1024,), step, np.uint32(1)))(jnp.arange(64))) / 2**32
+    assert steps.reshape(4, 16, -1).mean(1).std() < 0.03
 
 
 def test_the_dither_is_another_one_for_another_salt() -> None:
