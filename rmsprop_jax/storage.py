@@ -435,7 +435,7 @@ class _Rules(NamedTuple):
     def _slot(self, inner_state: Any, path: Any, x: Any, shapes: Mapping[Any, tuple[int, ...]]) -> _Slot:
         name, shape = f"state.inner_state{jax.tree_util.keystr(path)}", np.shape(x)
         start = next((i for i in range(len(path) + 1) if shapes.get(path[i:]) == shape), None)
-        if start is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        if start is None or not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
             return _Slot(name, x)
         field = jax.tree_util.keystr(path[:start][-1:], simple=True)
         holds = self._holds(inner_state, path[:start], field)

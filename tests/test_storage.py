@@ -797,6 +797,17 @@ def test_all_slots_of_a_leaf_are_counted_at_the_bottom() -> None:
     assert empty["conv/squares_at_bottom"] == 0
 
 
+def test_a_scalar_parameter_and_numbers_of_python_stay() -> None:
+    inner = optax.GradientTransformation(
+        lambda p: {"decay": 0.9, "nu": jnp.zeros(()), "count": 3}, lambda u, s, p=None: (u, s)
+    )
+    for params in (jnp.ones(()), 1.0, {"w": jnp.ones(())}):
+        tx = compress(inner, min_size=1)
+        state = tx.init(params)
+        assert state.inner_state == {"decay": 0.9, "nu": jnp.zeros(()), "count": 3}
+        assert tx.update(params, state, params)[1].step == 1
+
+
 def test_names_of_torch_are_known() -> None:
     class Torch(NamedTuple):
         square_avg: Any
