@@ -193,7 +193,8 @@ def decode(opt_state: optax.OptState) -> optax.OptState:
       opt_state: any optimizer state with any number of :class:`Encoded`, or none; or its shapes and dtypes.
 
     Returns:
-      The same tree, a :class:`CompressState` included, with a float32 array for each :class:`Encoded`.
+      The same tree, a :class:`CompressState` included, with a float32 array for each :class:`Encoded`; ``opt_state``
+      itself if it has none.
 
     Raises:
       ValueError: if the codes and the scale of an :class:`Encoded` do not belong together. The message names it.
@@ -209,6 +210,8 @@ def decode(opt_state: optax.OptState) -> optax.OptState:
     """
     leaves, structure = jax.tree.flatten(opt_state, is_leaf=is_encoded)
     plain = [codes.unboxed(x) for x in leaves if is_encoded(x)]
+    if not plain:
+        return opt_state
     if not all(map(codes.is_sound, plain)):
         _refuse_unsound(opt_state)
     if any(isinstance(x.codes, jax.ShapeDtypeStruct) for x in plain):
