@@ -60,7 +60,7 @@ def warnings_in(notebook: Any) -> list[str]:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07", "08"]
 
 
 @pytest.mark.notebook
