@@ -2,7 +2,7 @@
 
 Run it from the project's folder:
 
-- ``python -m benchmarks`` measures all parts, in about 25 minutes.
+- ``python -m benchmarks`` measures all parts.
 - ``python -m benchmarks step eager`` measures some of them.
 - ``--full`` measures every combination, in more rounds.
 - ``--report`` measures nothing. It writes the tables of the last results into ``benchmarks/RESULTS.md`` and
