@@ -74,8 +74,8 @@ class _Float(NamedTuple):
 
     Attributes:
       dropped: the number of bits of the float32 that it does not keep.
-      first: what a float32 without its dropped bits is when the code is 0.
-      offset: what is added before encoding, and subtracted after decoding: the number whose code is 0.
+      first: the bits that are kept of the float32 whose code is 0; a code is the kept bits less these.
+      offset: what is added before encoding and subtracted after decoding, so that code 0 stands for 0.
       largest: the number whose code is the largest.
     """
 

@@ -207,7 +207,7 @@ class Translation(NamedTuple):
             goes and the smoothing constant is a schedule.
           TypeError: if a slot is not floating or complex, or a step not an integer.
         """
-        find_states("state", opt_state)
+        find_states("state", opt_state)  # raises before JAX goes through a tree without end
         opt_state = storage.decode(opt_state)
         for place, state in find_states("state", opt_state).items():
             check_state(place, state, self.before)
