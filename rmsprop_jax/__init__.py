@@ -3,7 +3,17 @@
 import importlib
 from typing import Any
 
-from rmsprop_jax import checkpoints, diagnostics, dialects, recipes, recorder, storage, summary, translation
+from rmsprop_jax import (
+    checkpoints,
+    diagnostics,
+    dialects,
+    recipes,
+    recorder,
+    sharding,
+    storage,
+    summary,
+    translation,
+)
 from rmsprop_jax.state import RMSPropState
 from rmsprop_jax.transform import rmsprop, scale_by_rmsprop
 
@@ -17,6 +27,7 @@ __all__ = [
     "recorder",
     "rmsprop",
     "scale_by_rmsprop",
+    "sharding",
     "storage",
     "summary",
     "translation",

@@ -29,9 +29,11 @@ ROOMS: dict[str, Room] = {
     "state": Room(1, set()),
     "arguments": Room(1, set()),
     "codes": Room(1, set()),
+    "checksums": Room(1, set()),
     "placement": Room(1, set()),
     "fields": Room(2, {"arguments", "codes"}),
     "storage": Room(3, {"arguments", "codes", "fields", "placement"}),
+    "sharding": Room(2, {"arguments", "codes", "checksums"}),
     "trees": Room(2, {"state", "arguments", "codes"}),
     "figures": Room(2, {"state", "codes"}),
     "lift": Room(3, {"equations", "state", "arguments", "trees", "placement"}),
@@ -91,7 +93,7 @@ ROOMS: dict[str, Room] = {
     FRONT_DOOR: Room(
         8,
         {"state", "transform", "dialects", "translation", "diagnostics", "recorder", "summary", "recipes"}
-        | {"checkpoints", "plotting", "storage"},
+        | {"checkpoints", "plotting", "sharding", "storage"},
     ),
 }
 LIBRARIES = {"jax", "numpy", "optax", "chex"}
