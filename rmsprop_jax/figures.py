@@ -2,7 +2,7 @@
 
 It knows arrays by key, and neither trees nor transformations. Read from the top down: the update of one leaf, and what
 its gradient is divided by; the vector; the arrays, joined to blocks; the reductions, row by row; the quantiles, by
-bisection; types inside ``jax.shard_map``.
+bisection; the figures of all shards inside ``jax.shard_map``.
 
 XLA's compile time grows with the number of loops over arrays of different shapes, but hardly with the number of
 results per loop. So each array gets a few loops with many results, small arrays are joined, and the rest is arithmetic
@@ -102,7 +102,9 @@ def vector(leaves: Mapping[str, LeafUpdate]) -> jax.Array:
     leaves = jax.lax.stop_gradient(leaves)
     blocks = sorted(_blocks(leaves), key=lambda block: block.arrays.v is None)
     rows = [name for block in blocks for name in block.names]
-    largest, sums, errors, counts = _stacked([_measured(block.arrays, smallest=block.smallest) for block in blocks])
+    largest, sums, errors, counts = _stacked(
+        [_measured(block.arrays, smallest=block.smallest, axes=block.axes) for block in blocks]
+    )
     rates = _quantiles([block for block in blocks if block.arrays.v is not None])
     n = len(rates) - 1  # leaves with a state; the total is of these
 
@@ -134,7 +136,9 @@ def vector(leaves: Mapping[str, LeafUpdate]) -> jax.Array:
 def _at_bottom(leaf: LeafUpdate) -> jax.Array:
     """For each kind of codes, how many of a leaf's are at the bottom, and how many are not 0."""
     counts = [[codes.at_bottom(x) for x in _codes(leaf, dtype)] for dtype in _AT_BOTTOM]
-    return jnp.stack([jnp.sum(jnp.asarray([(0, 0), *pairs], jnp.uint32), axis=0, dtype=jnp.uint32) for pairs in counts])
+    sums = [jnp.sum(jnp.asarray([(0, 0), *pairs], jnp.uint32), axis=0, dtype=jnp.uint32) for pairs in counts]
+    counted: jax.Array = _over_shards(jax.lax.psum, jnp.stack(sums), _axes_of(leaf.state))
+    return counted
 
 
 def _table(rms: jax.Array, shares: jax.Array, rates: jax.Array) -> jax.Array:
@@ -179,6 +183,7 @@ class _Block(NamedTuple):
     sizes: list[int]  # in real numbers; a complex number counts as two
     smallest: float  # replaces v where that is 0
     arrays: _Arrays
+    axes: tuple[str, ...]  # inside jax.shard_map, those that the arrays are sharded over
 
 
 def _blocks(leaves: Mapping[str, LeafUpdate]) -> list[_Block]:
@@ -200,14 +205,16 @@ def _blocks(leaves: Mapping[str, LeafUpdate]) -> list[_Block]:
 def _block_of(name: str, leaf: LeafUpdate) -> _Block:
     p = real(leaf.p)[None]
     g, u = (jnp.zeros_like(p) if x is None else real(x).astype(p.dtype)[None] for x in (leaf.g, leaf.u))
+    axes = _axes_of((leaf.g, leaf.u, leaf.p, None if leaf.state is None else leaf.state[1:]))
+    sizes = [_over_shards(jax.lax.psum, p.size, axes)]
     if leaf.state is None:
-        return _Block([name], [p.size], 0.0, _Arrays(g, u, p))
+        return _Block([name], sizes, 0.0, _Arrays(g, u, p), axes)
     square_avg, grad_avg = map(codes.decoded, (leaf.state.square_avg, leaf.state.grad_avg))
     v = real(square_avg)[None]
     lr, *eps = (jnp.asarray(x, v.dtype)[None] for x in (leaf.lr, *leaf.eps))
     grad_avg = None if grad_avg is None else real(grad_avg)[None]
     smallest = max(float(jnp.finfo(square_avg.dtype).smallest_subnormal), float(jnp.finfo(v.dtype).tiny))
-    return _Block([name], [p.size], smallest, _Arrays(g, u, p, None, v, grad_avg, lr, tuple(eps)))
+    return _Block([name], sizes, smallest, _Arrays(g, u, p, None, v, grad_avg, lr, tuple(eps)), axes)
 
 
 def _joined(blocks: Sequence[_Block]) -> _Block:
@@ -226,7 +233,8 @@ def _joined(blocks: Sequence[_Block]) -> _Block:
     lr, eps = jax.tree.map(numbers, *((arrays.lr, arrays.eps) for arrays in all_arrays))
     lengths = np.array(sizes, np.uint32) if min(sizes) < length else None
     names = [name for block in blocks for name in block.names]
-    return _Block(names, sizes, blocks[0].smallest, arrays._replace(length=lengths, lr=lr, eps=eps))
+    axes = tuple(sorted({axis for block in blocks for axis in block.axes}))
+    return _Block(names, sizes, blocks[0].smallest, arrays._replace(length=lengths, lr=lr, eps=eps), axes)
 
 
 # --- Reductions, row by row --------------------------------------------------------------------------------
@@ -241,8 +249,8 @@ class _Measured(NamedTuple):
     counts: list[jax.Array]  # of elements that are not finite, that are below eps, that were never updated
 
 
-@functools.partial(jax.jit, static_argnames="smallest")
-def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
+@functools.partial(jax.jit, static_argnames=("smallest", "axes"))
+def _measured(arrays: _Arrays, *, smallest: float, axes: tuple[str, ...]) -> _Measured:
     """The figures of one block before the last divisions.
 
     It has its own jit, so that arrays of equal shape and dtype are traced and lowered once.
@@ -264,9 +272,11 @@ def _measured(arrays: _Arrays, *, smallest: float) -> _Measured:
         return [*sums, *(e + f + (y - (s - x)) for x, y, s, e, f in zip(a[:k], b[:k], sums, a[k:], b[k:], strict=True))]
 
     found = _row_by_row(collect, [*map(jnp.abs, quantities), *(x.astype(jnp.uint32) for x in shares)])
-    squares = [(x / arrays.per_row(_unit(top))) ** 2 for x, top in zip(quantities, found, strict=False)]
+    largest = _over_shards(jax.lax.pmax, found[:k], axes)
+    squares = [(x / arrays.per_row(_unit(top))) ** 2 for x, top in zip(quantities, largest, strict=True)]
     sums = _row_by_row(add, [*squares, *map(jnp.zeros_like, squares)])
-    return _Measured(found[:k], sums[:k], sums[k:], found[k:])
+    sums, counts = _over_shards(jax.lax.psum, (sums, found[k:]), axes)
+    return _Measured(largest, sums[:k], sums[k:], counts)
 
 
 def _unit(largest: jax.Array) -> jax.Array:
@@ -323,14 +333,15 @@ def _quantiles(blocks: Sequence[_Block]) -> jax.Array:
         bit = jnp.uint32(1 << 31) >> jnp.asarray(i, jnp.uint32)  # without jit i may be an int
         *each, whole = tries = [x | bit for x in found]
         own, others = [], [none]
-        for x, bounds in zip(patterns, each, strict=True):
-            counts = _count_below(x, bounds, whole)
+        for block, x, bounds in zip(blocks, patterns, each, strict=True):
+            counts = _over_shards(jax.lax.psum, _count_below(x, bounds, whole), block.axes)
             own.append(counts[:, : len(_PERCENTILES)])
             others.append(counts[:, len(_PERCENTILES) :])
         below = [*own, jnp.sum(jnp.concatenate(others), axis=0, keepdims=True, dtype=jnp.uint32)]
         return [jnp.where(x < rank, new, old) for x, rank, new, old in zip(below, ranks, tries, found, strict=True)]
 
-    start = [varying_like(jnp.zeros(x.shape, jnp.uint32), patterns) for x in ranks]
+    numbers = [(block.arrays.lr, block.arrays.eps) for block in blocks]
+    start = [varying_like(jnp.zeros(x.shape, jnp.uint32), numbers) for x in ranks]
     found = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), settle_bit, start)
     quantiles: jax.Array = jax.lax.bitcast_convert_type(jnp.concatenate(found), jnp.float32)
     return quantiles
@@ -365,28 +376,33 @@ def _count_below(x: jax.Array, own: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.sum(below, axis=tuple(range(2, below.ndim)), dtype=jnp.uint32).T
 
 
-# --- Types inside jax.shard_map ----------------------------------------------------------------------------
+# --- Inside jax.shard_map ------------------------------------------------------------------------------------
+#
+# An array that varies over an axis of the mesh is one shard of a whole, so the figures add up over that axis. JAX knows
+# which arrays vary if it checks it (check_vma, the default). Else the figures are those of the shard at hand.
 
 
-def varying_like(x: jax.Array, arrays: Sequence[Any]) -> jax.Array:
-    """``x`` with the type that a loop or a branch over ``arrays`` carries inside ``jax.shard_map``.
+def _over_shards(reduce: Callable[[Any, tuple[str, ...]], Any], x: Any, axes: tuple[str, ...]) -> Any:
+    """``x`` of all shards: their sum with ``jax.lax.psum``, their largest with ``jax.lax.pmax``."""
+    return reduce(x, axes) if axes else x
 
-    There, ``x`` varies over all axes of the mesh that ``arrays`` vary over. Elsewhere it is unchanged.
-    """
-    missing = frozenset[str]().union(*map(_manual_axes, arrays)) - _manual_axes(x)
+
+def varying_like(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` with the type that a loop or a branch over the arrays in ``like`` carries: it varies where they do."""
+    missing = tuple(axis for axis in _axes_of(like) if axis not in _axes_of(x))
     if not missing:
         return x
     if hasattr(jax.lax, "pcast"):
-        varying: jax.Array = jax.lax.pcast(x, tuple(sorted(missing)), to="varying")
+        varying: jax.Array = jax.lax.pcast(x, missing, to="varying")
     else:  # JAX before 0.9
-        varying = jax.lax.pvary(x, tuple(sorted(missing)))  # type: ignore[attr-defined, unused-ignore]
+        varying = jax.lax.pvary(x, missing)  # type: ignore[attr-defined, unused-ignore]
     return varying
 
 
-def _manual_axes(x: Any) -> frozenset[str]:
-    """The axes of the mesh over which ``x`` varies; none in a JAX without varying types."""
-    aval = getattr(x, "aval", None)
-    axes: frozenset[str] = getattr(
-        getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset())
-    )
-    return axes
+def _axes_of(tree: Any) -> tuple[str, ...]:
+    """The axes of the mesh over which arrays in ``tree`` vary; none in a JAX without varying types."""
+    axes: set[str] = set()
+    for x in jax.tree.leaves(tree):
+        aval = getattr(x, "aval", None)
+        axes |= getattr(getattr(aval, "manual_axis_type", aval), "varying", getattr(aval, "vma", frozenset()))
+    return tuple(sorted(axes))

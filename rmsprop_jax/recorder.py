@@ -181,7 +181,6 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
         # All of the state has to lie on the devices of the parameters, as this step does.
         step = next(iter(find_states("opt_state", inner_state).values())).step
         nothing = jnp.broadcast_to(jnp.full_like(step, 0, jnp.float32), len(names))
-        nothing = figures.varying_like(nothing, jax.tree.leaves(leaves))
         return RecordStatisticsState(
             update_count=jnp.zeros_like(step),
             # optax.tree.map_params calls init with a tree without leaves. There, one array stands for all of them.
@@ -223,10 +222,10 @@ def _record(
     if missing:
         raise ValueError(f"params must have every leaf that init was given, but {missing[0]} cannot be computed now")
     wanted = np.array([place[name] for name in before.names])
-    arrays = jax.tree.leaves((leaves, before.vector))
+    numbers = before.vector, [(leaf.lr, leaf.eps) for leaf in leaves.values()]
     vector, recorded = jax.lax.cond(
         is_due,
-        lambda: (figures.varying_like(figures.vector(leaves)[wanted], arrays), update),
-        lambda: (figures.varying_like(before.vector, arrays), before.update),
+        lambda: (figures.varying_like(figures.vector(leaves)[wanted], numbers), update),
+        lambda: (figures.varying_like(before.vector, numbers), before.update),
     )
     return RecordedStatistics(before.names, vector, recorded)

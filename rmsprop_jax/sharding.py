@@ -31,8 +31,9 @@ def shardings(
 ) -> Any:
     """The sharding of every array in the state of ``tx``.
 
-    An array that is kept for a parameter, such as an average, is sharded like the parameter. Everything else is
-    replicated on the same mesh: steps, counts, injected numbers. So a state can be made where it belongs::
+    An array that is kept for a parameter, such as an average, is sharded like the parameter. (Its path in the state
+    ends in that of the parameter, and its shape in the shape.) Everything else is replicated on the same mesh: steps,
+    counts, injected numbers. So a state can be made where it belongs::
 
         state = jax.jit(tx.init, out_shardings=sharding.shardings(tx, params))(params)
 
@@ -158,7 +159,8 @@ def zero(tx: optax.GradientTransformation, params: optax.Params, axis: str, *, m
       ``abstract_state`` take it as it is.
 
     Raises:
-      ValueError: as :func:`shardings` does, or if the parameters do not lie on a mesh.
+      ValueError: as :func:`shardings` does; if the parameters do not lie on a mesh; at ``update`` inside of
+        ``jax.shard_map``.
       TypeError: as :func:`shardings` does.
 
     Example:
@@ -190,6 +192,7 @@ def zero(tx: optax.GradientTransformation, params: optax.Params, axis: str, *, m
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
+        _refuse_manual_axes()
         updates, params = layout.placed(updates, layout.spread), layout.placed(params, layout.spread)
         updates, state = inner.update(updates, layout.placed_state(state), params, **extra_args)
         return layout.placed(updates, layout.own), layout.placed_state(state)
@@ -213,16 +216,12 @@ class _Layout:
       shapes: of the parameters, by path.
       own: their shardings.
       spread: the shardings of what is kept for them, with ``axis`` if there is one.
-      axis: the mesh axis over which the state is spread.
-      min_size: the smallest number of elements of an array that is.
     """
 
     elsewhere: Sharding
     shapes: Mapping[Path, tuple[int, ...]]
     own: Mapping[Path, Sharding]
     spread: Mapping[Path, Sharding]
-    axis: str | None
-    min_size: int
 
     def of_state(self, state: Any) -> Any:
         """The sharding of each array in a state, or in its shapes."""
@@ -236,15 +235,12 @@ class _Layout:
         rows = _with_spec(place, _entries(place, len(x.shape))[:-1])
         return Encoded(*(jax.tree.map(lambda _, of=of: of, part) for part, of in zip(x, (place, rows), strict=True)))
 
-    def _of_array(self, path: Path, x: Any) -> Sharding:
-        owner = _owner(path, np.shape(x), self.shapes)
-        if owner is not None:
-            more = np.ndim(x) - len(self.shapes[owner])
-            place = self.spread[owner]
-            return _with_spec(place, ((),) * more + _entries(place, len(self.shapes[owner]))) if more else place
-        # Of arrays without a parameter, some are as large as all parameters together, as after optax.flatten.
-        is_state = self.axis is not None and jnp.issubdtype(x.dtype, jnp.floating)
-        return _spread(self.elsewhere, np.shape(x), self.axis, self.min_size) if is_state else self.elsewhere
+    def _of_array(self, path: Path, x: Any) -> Any:
+        owner, ndim = _owner(path, np.shape(x), self.shapes), np.ndim(x)
+        if owner is None:
+            return _with_spec(self.elsewhere, _entries(self.elsewhere, ndim))
+        place, own = self.spread[owner], len(self.shapes[owner])
+        return _with_spec(place, (*[()] * (ndim - own), *_entries(place, own)))
 
     def placed_state(self, state: optax.OptState) -> optax.OptState:
         """A state where it belongs."""
@@ -276,10 +272,12 @@ def _planned(
     state = jax.eval_shape(init, shapes)
     in_rows = _with_scales(state, arrays)
     spread = {
-        path: own[path] if axis is None else _spread(own[path], x.shape, axis, min_size, keeps_rows=path in in_rows)
+        path: own[path]
+        if axis is None or math.prod(x.shape) < min_size
+        else _spread(own[path], x.shape, axis, keeps_rows=path in in_rows)
         for path, x in arrays.items()
     }
-    return inner, _Layout(elsewhere, {p: x.shape for p, x in arrays.items()}, own, spread, axis, min_size), state
+    return inner, _Layout(elsewhere, {p: x.shape for p, x in arrays.items()}, own, spread), state
 
 
 def _places(params: optax.Params, axis: str | None) -> tuple[dict[Path, Any], Any]:
@@ -370,13 +368,13 @@ def _with_scales(state: Any, params: Mapping[Path, Any]) -> set[Path | None]:
     return {_owner(path, x.shape, shapes) for path, x in encoded if x.scale is not None}
 
 
-def _spread(place: Any, shape: tuple[int, ...], axis: str | None, min_size: int, *, keeps_rows: bool = False) -> Any:
+def _spread(place: Any, shape: tuple[int, ...], axis: str, *, keeps_rows: bool) -> Any:
     """``place`` with ``axis`` at the dimension with the most rows on each device, if it divides one.
 
     Where rows have a scale, they are taken apart only if nothing else divides: it would have to be agreed upon.
     """
     entries, sizes = _entries(place, len(shape)), place.mesh.shape
-    if axis is None or math.prod(shape) < min_size or any(axis in names for names in entries):
+    if any(axis in names for names in entries):
         return place
     kinds = dict(zip(place.mesh.axis_names, place.mesh.axis_types, strict=True))
     left = [size // math.prod(sizes[name] for name in names) for size, names in zip(shape, entries, strict=True)]
@@ -404,7 +402,11 @@ def _entries(place: Any, ndim: int) -> tuple[tuple[str, ...], ...]:
 
 
 def _with_spec(place: Any, entries: Sequence[tuple[str, ...]]) -> Any:
-    """``place`` with other entries; itself if it is on a single device."""
+    """``place`` with these entries; itself if it is on a single device.
+
+    There is one for each dimension, as an array with Explicit axes has it after a step. With fewer of them, the array
+    lies in the same place, but JAX compiles the second step anew.
+    """
     if not isinstance(place, NamedSharding):
         return place
     spec = PartitionSpec(*(names if len(names) > 1 else next(iter(names), None) for names in entries))
@@ -421,6 +423,14 @@ def _placed(x: Any, place: Any) -> Any:
             entries = [tuple(name for name in names if kinds[name] == kind) for names in _entries(place, x.ndim)]
             x = put(x, _with_spec(place, entries))
     return x
+
+
+def _refuse_manual_axes() -> None:
+    if AxisType.Manual in (jax.sharding.get_abstract_mesh().axis_types or ()):
+        raise ValueError(
+            "the update of zero must be outside of jax.shard_map, where arrays are whole; call it in jax.jit, around "
+            "the shard_map that computes the gradient"
+        )
 
 
 def _reshard(x: jax.Array, place: Sharding) -> jax.Array:
