@@ -134,7 +134,7 @@ def record_statistics(inner: optax.GradientTransformation, every: int = 10) -> o
     After update number n (from 0), the state holds those of update ``n − n % every``. ``jax.lax.cond`` skips them in
     the updates in between, which then cost nothing more. They stay on the device: nothing calls back to the host.
     (Under a ``vmap`` with several states, the condition becomes a selection, and every update pays. Inside the
-    ``shard_map`` of JAX 0.6.0 it needs ``check_rep=False``.)
+    ``shard_map`` of JAX 0.6.0 it needs ``check_rep=False``.) The record is the same on all devices of a mesh.
 
     It wraps the RMSProp instead of following it, because a link of ``optax.chain`` does not see the state of another
     link. Put it inside the chain, after clipping: ``surprise`` compares the gradients that the wrapper receives with

@@ -3,6 +3,7 @@
 They are run without fused multiply-add: with it, XLA rounds a·b + c once or twice, as the layout suits it.
 """
 
+import pathlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rmsprop_jax
+import test_readme
 from compare import assert_close, assert_same
 from many_devices import shard_map
 from rmsprop_jax import rmsprop, sharding, storage
@@ -226,15 +228,16 @@ def test_zero_is_the_transformation_that_it_wraps_to_the_last_bit(name: str, kin
     layout = sharding.shardings(tx, params)
     assert_at(tx.init(params), layout)
     updates, state, step = train(tx, params, [put(g, mesh, specs) for g in grads])
-    weakly_typed = name in ("adamw", "partition", "average of the updates")  # Optax's slots of a scalar, at first
-    assert step._cache_size() == 1 + weakly_typed
     assert_at(state, layout)
     assert_at(updates, [{k: p.sharding for k, p in params.items()}] * len(grads))
-    alone = train(TRANSFORMATIONS[name](), WHOLE, grads)[:2]
+    *alone, step_alone = train(TRANSFORMATIONS[name](), WHOLE, grads)
+    assert (
+        step._cache_size() == step_alone._cache_size()
+    )  # once, or twice where Optax's slots are weakly typed at first
     if name == "recorded":  # sums of parts
-        assert_close((updates, state), alone, ulps=32)
+        assert_close([updates, state], alone, ulps=32)
     else:
-        assert_same((updates, state), alone, nonfinite="equal")
+        assert_same([updates, state], alone, nonfinite="equal")
     assert any("data" in str(place.spec) for place in jax.tree.leaves(layout))
 
 
@@ -330,7 +333,8 @@ def test_zero_inside_nnx_optimizer() -> None:
         spread = [x for x in jax.tree.leaves(first) if "data" in str(x.sharding)]
         assert len(spread) >= 4, "kernel and bias in two slots"
         assert_at(state["opt_state"], jax.tree.map(lambda x: x.sharding, first["opt_state"]))
-        assert_same((state, model), trained(lambda tx, params: tx)[1:])
+        # XLA may compute the gradient in another order.
+        assert_close((state, model), trained(lambda tx, params: tx)[1:], rtol=1e-4, scale="array")
 
 
 def test_zero_outside_jit_and_without_params() -> None:
@@ -418,8 +422,8 @@ def test_a_single_flipped_bit_is_found_and_named(dtype: str, kinds: tuple[str, s
     bits = x.dtype.itemsize * 8
     for device, bit, at in ((0, 0, 0), (5, bits - 1, 7), (7, bits // 2, 3)):
         different = with_copies(x, place, device, flipped(bit, at))
-        two = device - device % 2, device - device % 2 + 1
-        where = rf"^tree\['b'\]\[0\] has different copies on .*:{two[0]} of process 0 and .*:{two[1]} of process 0"
+        first, second = (jax.devices()[device - device % 2 + i] for i in range(2))
+        where = rf"^tree\['b'\]\[0\] has different copies on {first} of process 0 and {second} of process 0"
         with pytest.raises(ValueError, match=where):
             sharding.check_replicas({"a": equal, "b": [different], "c": different})
 
@@ -556,6 +560,22 @@ def test_summary_of_a_mesh_is_that_of_one_device(kind: str) -> None:
 
     placed = put(MODEL, make_mesh((kind, kind)), dict.fromkeys(MODEL, P()))
     assert printed(placed) == printed(MODEL)
+
+
+def test_blocks_of_the_page_run_from_top_to_bottom_and_print_what_follows(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("orbax.checkpoint")
+    if not hasattr(jax, "shard_map"):
+        pytest.skip("JAX 0.6.0 prints devices and specs in another way")
+    page = (test_readme.ROOT / "docs" / f"{test_readme.ON_EIGHT_DEVICES}.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    blocks = test_readme.BLOCK.findall(page)
+    assert len(blocks) == page.count("```python") > 5
+    for block, prints in blocks:
+        exec(block, scope)
+        assert capsys.readouterr().out == prints
 
 
 def test_front_door_has_sharding() -> None:

@@ -172,7 +172,10 @@ def test_every_call_of_the_table_continues_its_run() -> None:
 # --- The pages in docs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+ON_EIGHT_DEVICES = "distributed"  # on_eight_devices.py runs it
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page.stem != ON_EIGHT_DEVICES], ids=lambda page: page.stem)
 def test_blocks_run_from_top_to_bottom_and_print_what_follows(
     page: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
