@@ -13,27 +13,28 @@ no instructions newer than AVX, which has none that are fused.
 
 import argparse
 import dataclasses
-import json
+import multiprocessing
 import os
 import platform
 import random
 import re
-import subprocess
+import socket
 import sys
 import tempfile
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+# By name, arrays of NumPy.
+Arrays = dict[str, Any]
 
 # Processes, and devices of each.
 LAYOUTS = [(1, 1), (2, 1), (1, 4), (2, 2), (1, 8), (4, 1)]
-STEPS = 240
 SAVE_EVERY = 4
 BATCH = 16
 NAP = 0.02  # seconds in a step, so that kills hit steps and not only the start
@@ -44,13 +45,29 @@ MOMENTS = {"while it starts": 1, "while it trains": 2, "while it saves": 2}  # a
 # --- One process of the run --------------------------------------------------------------------------------------
 
 
-def work(coordinator: str, processes: int, process: int, devices: int, output: str) -> None:
-    """Trains, and says on standard output what has happened so far. At the end, process 0 writes all arrays."""
+def prepare() -> None:
+    """Imports everything, here once and not in each process: that would take most of its time.
+
+    Processes are forked, and so this one has no threads and computes nothing with JAX.
+    """
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # in which a killed process could leave half a program
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
     sys.path.insert(0, str(EXAMPLES))
-    # The example's data and network are not needed here, and their imports take as long as all others.
+    # The example's data and network are not needed here.
     sys.modules["train_digits"] = types.SimpleNamespace(Digits=None, Settings=dict[str, Any])  # type: ignore[assignment]
+    import train_distributed  # noqa: F401
+    from jax.experimental import multihost_utils  # noqa: F401
+
+    warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+
+
+def work(coordinator: str, processes: int, process: int, devices: int, output: Path, steps: int) -> None:
+    """Trains, and says on standard output what has happened so far. At the end, process 0 writes all arrays."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
     import train_distributed as example
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec
@@ -71,12 +88,12 @@ def work(coordinator: str, processes: int, process: int, devices: int, output: s
     print("connected", flush=True)
     with example.ends_at_once():
         everywhere, in_parts = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-        checkpoints = example.open_checkpoints(Path(output))
+        checkpoints = example.open_checkpoints(output)
         tx = rmsprop(0.01, alpha=0.9, momentum=0.9)
         done, params, state, tx = example.start(checkpoints, init, tx, everywhere)
         print("started", done, flush=True)
         step = example.make_step(mean_loss, tx)
-        for number in range(done, STEPS):
+        for number in range(done, steps):
             rows = np.random.default_rng(number).integers(-8, 9, (BATCH, 68)).astype(np.float32)
             params, state, loss = step(params, state, example.to_devices(rows, in_parts))
             loss.block_until_ready()
@@ -88,13 +105,12 @@ def work(coordinator: str, processes: int, process: int, devices: int, output: s
                 if number + 1 - SAVE_EVERY > done:
                     print("saved", number + 1 - SAVE_EVERY, flush=True)  # which the last line has waited for
         checkpoints.close()
-        whole = multihost_utils.process_allgather((params, state), tiled=True)
+        whole = multihost_utils.process_allgather({"params": params, "state": state}, tiled=True)
         if process == 0:
-            named = {
-                jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(whole)
-            }
-            np.savez(Path(output) / "end.npz", **named)
+            leaves = jax.tree_util.tree_leaves_with_path(whole)
+            np.savez(output / "end.npz", **{jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves})
         print("ended", flush=True)
+        jax.distributed.shutdown()
 
 
 # --- One attempt -------------------------------------------------------------------------------------------------
@@ -103,60 +119,51 @@ def work(coordinator: str, processes: int, process: int, devices: int, output: s
 class Attempt:
     """The processes of one start, and what they have said."""
 
-    def __init__(self, layout: tuple[int, int], output: Path) -> None:
+    def __init__(self, layout: tuple[int, int], output: Path, steps: int) -> None:
+        self.alive, self.parent = os.pipe()  # which breaks when this process is gone
         processes, devices = layout
-        address = f"127.0.0.1:{free_port()}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = "127.0.0.1:{1}".format(*free.getsockname())
         self.output, self.logs = output, [output.parent / f"{output.name}-{i}.log" for i in range(processes)]
-        environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": flags()}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # in which a killed process could leave half a program
         self.running = []
         for i, log in enumerate(self.logs):
-            options = json.dumps([address, processes, i, devices, str(output)])
-            with log.open("w") as file:
-                self.running.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, "--worker", options],
-                        stdin=subprocess.PIPE,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        env=environment,
-                    )
-                )
+            log.write_text("")
+            job = (log, address, processes, i, devices, output, steps)
+            self.running.append(multiprocessing.get_context("fork").Process(target=self.child, args=job))
+            self.running[-1].start()
 
-    def said(self, word: str) -> list[list[str]]:
-        """For each process, what it said after ``word``."""
-        return [re.findall(rf"^{word} ?(\d*)$", log.read_text(errors="replace"), re.MULTILINE) for log in self.logs]
+    def child(self, log: Path, *job: Any) -> None:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.dup2(self.alive, 0)
+        os.close(self.parent)
+        work(*job)
+
+    def said(self, word: str) -> list[list[int]]:
+        """For each process, the numbers it said after ``word``; 0 where it said none."""
+        texts = [log.read_text(errors="replace") for log in self.logs]
+        return [[int(n or 0) for n in re.findall(rf"^{word} ?(\d*)$", text, re.MULTILINE)] for text in texts]
 
     def is_over(self) -> bool:
-        return any(p.poll() is not None for p in self.running)
+        return any(p.exitcode is not None for p in self.running)
 
     def end(self, patience: float) -> tuple[float, bool]:
         """Waits for all processes, and kills those that are still there after ``patience`` seconds; were there any?"""
         start = time.monotonic()
-        while any(p.poll() is None for p in self.running) and time.monotonic() - start < patience:
+        while any(p.exitcode is None for p in self.running) and time.monotonic() - start < patience:
             time.sleep(0.01)
-        took, left = time.monotonic() - start, [p for p in self.running if p.poll() is None]
+        took, left = time.monotonic() - start, any(p.exitcode is None for p in self.running)
         for p in self.running:
             p.kill()
-            p.wait()
-            p.stdin.close()
-        return took, bool(left)
+            p.join()
+        os.close(self.alive)
+        os.close(self.parent)
+        return took, left
 
     def text(self) -> str:
         return "\n".join(f"--- process {i}\n{log.read_text(errors='replace')}" for i, log in enumerate(self.logs))
-
-
-def flags() -> str:
-    isa = "--xla_cpu_max_isa=AVX" if platform.machine().lower() in ("x86_64", "amd64") else ""
-    return f"{os.environ.get('XLA_FLAGS', '')} {isa}".strip()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def checkpoints_in(output: Path) -> tuple[list[int], list[str]]:
@@ -216,63 +223,71 @@ class Report:
         )
 
 
-def campaign(kills: int, seed: int, folder: Path, talk: bool = True) -> Report:
+def campaign(kills: int, seed: int, steps: int, folder: Path) -> Report:
     """Starts runs and kills them until ``kills`` processes are killed, and the last run has done its steps."""
-    choose, report = random.Random(seed), Report()
-    reference = folder / "reference"
-    attempt = Attempt((1, 1), reference)
-    attempt.end(patience=600)
-    if not (reference / "end.npz").exists():
-        raise RuntimeError(f"the run that nobody kills failed:\n{attempt.text()}")
-    expected = arrays(reference)
-    layout = None
-    while report.kills < kills:
+    choose, report, layout = random.Random(seed), Report(), None
+    expected = end_of(folder / "reference", [(1, 1)], steps)
+    while report.kills < kills and report.failures < 3:
         output, newest = folder / f"run{report.ends}", 0
-        while not (output / "end.npz").exists():
+        while not (output / "end.npz").exists() and report.failures < 3:
             layout = choose.choice([x for x in LAYOUTS if x != layout])
             moment = choose.choices(list(MOMENTS), MOMENTS.values())[0] if report.kills < kills else None
-            newest = one_attempt(choose, report, layout, moment, output, newest)
-            if talk:
-                print(
-                    f"{report.kills:4} kills, run {report.ends + 1}, {layout[0]} × {layout[1]} devices: "
-                    f"step {newest} of {STEPS}, losses {report.losses}, failures {report.failures}",
-                    flush=True,
-                )
-            if report.failures > 3:
-                return report
-        report.ends += 1
-        report.divergent += differ(arrays(output), expected)
+            newest = one_attempt(choose, report, layout, moment, output, newest, steps)
+            print(
+                f"{report.kills:4} kills, run {report.ends + 1}, {layout[0]} × {layout[1]} devices: step {newest}; "
+                f"losses {report.losses}, failures {report.failures}, divergent {report.divergent}",
+                flush=True,
+            )
+        if (output / "end.npz").exists():
+            report.ends += 1
+            report.divergent += differ(arrays(output), expected)
     return report
 
 
+def end_of(output: Path, layouts: list[tuple[int, int]], steps: int) -> Arrays:
+    """The arrays at the end of a run that nobody kills, and that does an equal part of its steps on each layout."""
+    for i, layout in enumerate(layouts, start=1):
+        attempt = Attempt(layout, output, steps * i // len(layouts))
+        attempt.end(patience=600)
+        if any(p.exitcode for p in attempt.running):
+            raise RuntimeError(f"a run that nobody killed failed:\n{attempt.text()}")
+    return arrays(output)
+
+
 def one_attempt(
-    choose: random.Random, report: Report, layout: tuple[int, int], moment: str | None, output: Path, newest: int
+    choose: random.Random,
+    report: Report,
+    layout: tuple[int, int],
+    moment: str | None,
+    output: Path,
+    newest: int,
+    steps: int,
 ) -> int:
     """Starts the run of which ``newest`` is the last whole checkpoint, kills a process, returns which it is then."""
-    attempt = Attempt(layout, output)
+    attempt = Attempt(layout, output, steps)
     killed = moment is not None and wait_for(moment, choose, attempt)
     victim = choose.choice(attempt.running)
-    killed = killed and victim.poll() is None
+    killed = killed and victim.exitcode is None
     if killed:
         victim.kill()
         report.kills += 1
     connected = all(attempt.said("connected"))
     # Those that wait for one that never comes are ended by who has started them: as in run_processes of the example.
     took, left = attempt.end(patience=600 if not killed else HEARTBEAT + 5 if connected else 0)
-    starts = [int(step) for of_process in attempt.said("started") for step in of_process]
+    starts = [step for of_process in attempt.said("started") for step in of_process]
     if killed:
         report.while_starting += not starts
         report.while_saving += bool(checkpoints_in(output)[1])
         report.survivors += left and connected
         report.slowest = max(report.slowest, took if connected else 0)
-    elif any(p.returncode for p in attempt.running):
+    elif any(p.exitcode for p in attempt.running):
         report.failures += 1
         print(attempt.text(), flush=True)
     report.resumes += bool(starts) and newest > 0
     if any(step != newest for step in starts):
         report.losses += 1
         print(f"{starts} instead of {newest}:\n{attempt.text()}", flush=True)
-    saved = [int(step) for of_process in attempt.said("saved") for step in of_process]
+    saved = [step for of_process in attempt.said("saved") for step in of_process]
     now = max(checkpoints_in(output)[0], default=0)
     if now < max(saved, default=newest):
         report.losses += 1
@@ -283,12 +298,12 @@ def one_attempt(
 def wait_for(moment: str, choose: random.Random, attempt: Attempt) -> bool:
     """Waits for a moment of this kind; ``False`` if the run ended before."""
     starts, saves = moment == "while it starts", moment == "while it saves"
-    delay = choose.uniform(0, 6 if starts else 0.5)  # seconds
-    steps = choose.randrange(12) * SAVE_EVERY  # since the first one after the start
+    delay = choose.uniform(0, 3 if starts else 0.5)  # seconds
+    steps = choose.randrange(8) * SAVE_EVERY  # since the first one after the start
     begin = time.monotonic() if starts else None
     while not attempt.is_over():
         if begin is None:
-            since = [int(step) for of_process in attempt.said("training") for step in of_process]
+            since = [step for of_process in attempt.said("training") for step in of_process]
             newest = max(checkpoints_in(attempt.output)[0], default=0)
             if len(since) == len(attempt.running) and newest >= since[0] + steps:
                 begin = time.monotonic()
@@ -298,12 +313,14 @@ def wait_for(moment: str, choose: random.Random, attempt: Attempt) -> bool:
     return False
 
 
-def arrays(output: Path) -> dict[str, np.ndarray]:
+def arrays(output: Path) -> Arrays:
+    import numpy as np
+
     with np.load(output / "end.npz") as file:
         return dict(file)
 
 
-def differ(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+def differ(got: Arrays, expected: Arrays) -> bool:
     """Whether a name, a dtype or a bit differs."""
     return got.keys() != expected.keys() or any(
         (got[name].dtype, got[name].shape, got[name].tobytes()) != (x.dtype, x.shape, x.tobytes())
@@ -311,18 +328,27 @@ def differ(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     )
 
 
+def layout(text: str) -> tuple[int, int]:
+    processes, devices = text.split("x")
+    return int(processes), int(devices)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill processes of a training run at random, and compare its end.")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--kills", type=int, default=100, metavar="N")
+    add("--seed", type=int, default=0, metavar="N", help="of layouts, moments and victims")
+    add("--steps", type=int, default=160, metavar="N", help="of each run")
+    add("--move", type=layout, nargs="+", metavar="PxD", help="no kills: over these processes and devices, as 2x2 1x8")
     options = parser.parse_args()
-    if options.worker:
-        work(*json.loads(options.worker))
-        return
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rmsprop_jax-kills-") as folder:
-        report = campaign(options.kills, options.seed, Path(folder))
+    prepare()
+    with tempfile.TemporaryDirectory(prefix="rmsprop_jax-kills-") as name:
+        folder = Path(name)
+        if options.move:
+            ends = [end_of(folder / f"{len(m)}", m, options.steps) for m in ([(1, 1)], options.move)]
+            sys.exit("the ends differ" if differ(*ends) else None)
+        report = campaign(options.kills, options.seed, options.steps, folder)
     print(report)
     print(f"seed {options.seed}, {time.monotonic() - start:.0f} s")
     sys.exit(not report.is_clean())
