@@ -248,8 +248,8 @@ def run_processes(count: int) -> None:
         ends = [f"process {i} {how_it_ended(p.returncode)}" for i, p in enumerate(running) if p.returncode]
     finally:
         for p in running:
-            p.kill()
-            p.wait()
+            with p:  # closes its pipe and waits
+                p.kill()
     if all(p.returncode == 2 for p in running):  # options that all of them refuse, with a message
         sys.exit(2)
     if ends:
