@@ -71,7 +71,7 @@ def connect(
         jax.config.update("jax_num_cpu_devices", devices)
     options = {}
     if "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
-        options["heartbeat_timeout_seconds"] = heartbeat  # JAX before 0.8 takes 100 seconds
+        options["heartbeat_timeout_seconds"] = heartbeat  # an older JAX takes 100
     jax.distributed.initialize(coordinator, processes, process, **options)
     return Mesh(jax.devices(), "data")
 
@@ -245,19 +245,20 @@ def run_processes(count: int) -> None:
             running.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
         while any(p.poll() is None for p in running) and not any(p.returncode for p in running):
             time.sleep(0.05)
-        ends = [f"process {i} {how_it_ended(p.returncode)}" for i, p in enumerate(running) if p.returncode]
+        failed = {i: p.returncode for i, p in enumerate(running) if p.returncode}
+        limit = time.monotonic() + 2  # for what the others have to say
+        while failed and any(p.poll() is None for p in running) and time.monotonic() < limit:
+            time.sleep(0.05)
     finally:
         for p in running:
             with p:  # closes its pipe and waits
                 p.kill()
-    if all(p.returncode == 2 for p in running):  # options that all of them refuse, with a message
+    if 2 in failed.values():  # wrong options, and process 0 has said which
         sys.exit(2)
-    if ends:
-        sys.exit(f"{', '.join(ends)}; all are ended now; go on from the last whole checkpoint with --resume")
-
-
-def how_it_ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    if failed:
+        ends = [f"was ended by {signal.Signals(-n).name}" if n < 0 else f"failed with {n}" for n in failed.values()]
+        names = ", ".join(f"process {i} {end}" for i, end in zip(failed, ends, strict=True))
+        sys.exit(f"{names}; all others are ended too; go on from the last whole checkpoint with --resume")
 
 
 def end_with_parent() -> None:
@@ -318,6 +319,8 @@ def main() -> None:
         where = (options.coordinator, options.processes, options.process)
         mesh = connect(*where, options.heartbeat, options.devices_per_process)
     except ValueError as error:
+        if options.coordinator is not None:
+            raise
         parser.error(f"JAX finds no cluster here ({error}); add --local-processes, or --coordinator and the like")
     if jax.process_index() > 0:
         parser.error = lambda message: sys.exit(2)  # process 0 says it

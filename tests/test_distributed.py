@@ -22,8 +22,8 @@ if not hasattr(jax.config, "jax_cpu_collectives_implementation"):
 
 TESTS = Path(__file__).parent
 EXAMPLE = TESTS.parent / "examples" / "train_distributed.py"
-OPTIONS = ("--epochs", "6", "--batch-size", "96", "--lr", "0.002")
-STEPS = 6 * (1437 // 96)
+OPTIONS = ("--epochs", "2", "--batch-size", "96", "--lr", "0.002")
+STEPS = 2 * (1437 // 96)
 HEARTBEAT = 5  # seconds
 
 
@@ -183,7 +183,7 @@ def test_killed_worker_ends_the_example_which_goes_on_with_another_number(
     _, err = run.communicate(timeout=60)
     assert time.monotonic() - start < HEARTBEAT + 2
     assert run.returncode == 1
-    assert re.search(r"process 1 was ended by SIGKILL.*; all are ended now; go on .* with --resume\n\Z", err)
+    assert re.search(r"process 1 was ended by SIGKILL.*; all others are ended too; go on .* with --resume\n\Z", err)
     assert not any(map(is_alive, workers))
     done = checkpoints(tmp_path / "run")[-1]
 
@@ -191,7 +191,7 @@ def test_killed_worker_ends_the_example_which_goes_on_with_another_number(
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert f"processes: 1, devices: 4, {done} of {STEPS} steps were done before\n" in out
-    assert float(re.search(r"^test accuracy: (\d+\.\d+)%\n\Z", out, re.MULTILINE)[1]) > 90
+    assert float(re.search(r"^test accuracy: (\d+\.\d+)%\n\Z", out, re.MULTILINE)[1]) > 70
     assert checkpoints(tmp_path / "run")[-1] == STEPS
 
 
