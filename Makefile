@@ -5,6 +5,10 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN_DIR ?= runs/digits
 TRAIN_ARGS ?=
+DISTRIBUTED_DIR ?= runs/distributed
+DISTRIBUTED_ARGS ?= --local-processes 2
+KILLS ?= 100
+KILL_SEED ?= 0
 PYTEST_ARGS ?=
 PORTABILITY_ARGS ?=
 BENCH_ARGS ?=
@@ -31,10 +35,10 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train port test fuzz portability notebooks pictures bench lint build clean FORCE
+.PHONY: help setup train train-distributed port test kill-campaign fuzz portability notebooks pictures bench lint build clean FORCE
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.torch $(VENV)/.extra-dev $(VENV)/.extra-notebooks ## make .venv with what tests, linters, examples and notebooks need
 	@echo "setup: $(VENV) is ready"
@@ -42,6 +46,10 @@ setup: $(VENV)/.torch $(VENV)/.extra-dev $(VENV)/.extra-notebooks ## make .venv 
 train: $(VENV)/.extra-examples ## train a small network on handwritten digits, and write to runs/digits
 	@echo "train: writing to $(RUN_DIR)"
 	@$(BIN)/python examples/train_digits.py --output "$(RUN_DIR)" --resume $(TRAIN_ARGS)
+
+train-distributed: $(VENV)/.extra-examples ## the same in two processes on this machine, and write to runs/distributed
+	@echo "train-distributed: writing to $(DISTRIBUTED_DIR)"
+	@$(BIN)/python examples/train_distributed.py --output "$(DISTRIBUTED_DIR)" --resume $(DISTRIBUTED_ARGS)
 
 port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch to JAX and back, and compare
 	@$(BIN)/python examples/port_from_torch.py
@@ -53,6 +61,9 @@ test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the te
 fuzz: $(VENV)/.torch $(VENV)/.extra-tests ## read files of other libraries that are changed at random; FUZZ=20000 is their number for each source
 	@echo "fuzz: $(FUZZ) changed files for each source"
 	@FUZZ=$(FUZZ) $(BIN)/python -m pytest -m "not notebook" -p no:cacheprovider --numprocesses auto --maxprocesses 4 tests/test_reading.py $(PYTEST_ARGS)
+
+kill-campaign: $(VENV)/.extra-tests ## kill processes of a run at random moments, and compare its end; KILLS=100 is their number
+	@$(BIN)/python tests/kill_campaign.py --kills $(KILLS) --seed $(KILL_SEED)
 
 portability: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run notebooks and tests as other processors would
 	@$(BIN)/python tests/portability.py $(PORTABILITY_ARGS)
