@@ -48,6 +48,7 @@ NOT_NUMERIC = {
     "test_arguments.py",
     "test_compare.py",
     "test_cost.py",
+    "test_device.py",
     "test_layers.py",
     "test_plotting.py",
     "test_portability.py",
