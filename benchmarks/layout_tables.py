@@ -1,6 +1,7 @@
 """The tables about many devices: ``layouts``, ``exchanged`` and ``meshes``."""
 
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.cells import Row, markdown, spread
 
@@ -14,51 +15,54 @@ def operations(row: Row) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "none"
 
 
+def by_devices(rows: list[Row], *names: str) -> list[list[Row]]:
+    """Rows that differ in nothing of ``names``, but in the number of devices: together, the fewest devices first."""
+    found: dict[Any, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["devices"]):
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return list(found.values())
+
+
 def layouts_table(rows: list[Row]) -> str:
-    """What a device holds, and what the update makes it send."""
+    """What a device holds, and what the update makes it send where there are the most devices."""
+    groups = by_devices([row for row in rows if row["what"] in ("layout", "control")], "model", "layout")
+    numbers = [row["devices"] for row in groups[0]]
     return markdown(
         [
-            "model",
-            "layout",
-            "devices",
-            "state on a device, MB",
-            "collectives in an update",
-            "MB in them",
-            "of rows, MB",
+            *("model", "layout"),
+            *(f"state on each of {number}, MB" for number in numbers),
+            *(f"collectives of {numbers[-1]}", "MB in them", "of rows, MB"),
         ],
         (
             [
-                row["model"],
-                row["layout"],
-                str(row["devices"]),
-                f"{row['state'] / 1e6:.2f}" if "state" in row else "–",
-                operations(row),
-                megabytes(row, "whole"),
-                megabytes(row, "small"),
+                *(group[0]["model"], group[0]["layout"]),
+                *(f"{row['state'] / 1e6:.2f}" if "state" in row else "–" for row in group),
+                *(operations(group[-1]), megabytes(group[-1], "whole"), megabytes(group[-1], "small")),
             ]
-            for row in sorted(rows, key=lambda row: row.get("model", ""))
-            if row["what"] in ("layout", "control")
+            for group in groups
         ),
     )
 
 
 def bits_table(rows: list[Row]) -> str:
     """ZeRO beside the replicated state, and beside one device."""
+    groups = by_devices([row for row in rows if row["what"] == "bits"], "fma", "program", "variant")
+    numbers = [row["devices"] for row in groups[0]]
     return markdown(
-        ["program", "setting", "devices", "fma", "elements", "differ", "units at most", "same bits as one device"],
+        [
+            *("program", "setting", "fma", "elements"),
+            *(f"differ on {number}" for number in numbers),
+            *("units at most", "same bits as one device"),
+        ],
         (
             [
-                row["program"],
-                row["variant"],
-                str(row["devices"]),
-                "yes" if row["fma"] else "no",
-                f"{row['elements']:,}",
-                f"{row['differ']:,}",
-                f"{row['units']:.3g}",
-                "yes" if row["one device"] else "no",
+                *(group[0]["program"], group[0]["variant"], "yes" if group[0]["fma"] else "no"),
+                f"{group[0]['elements']:,}",
+                *(f"{row['differ']:,}" for row in group),
+                f"{max(row['units'] for row in group):.3g}",
+                "yes" if all(row["one device"] for row in group) else "no",
             ]
-            for row in rows
-            if row["what"] == "bits"
+            for group in groups
         ),
     )
 
