@@ -10,6 +10,7 @@ DISTRIBUTED_ARGS ?= --local-processes 2
 KILLS ?= 100
 KILL_SEED ?= 0
 PYTEST_ARGS ?=
+DEVICE ?=
 PORTABILITY_ARGS ?=
 BENCH_ARGS ?=
 FUZZ ?= 20000
@@ -35,7 +36,7 @@ endef
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train train-distributed port test kill-campaign fuzz portability notebooks pictures bench lint build clean FORCE
+.PHONY: help setup train train-distributed port test test-device kill-campaign fuzz portability notebooks pictures bench lint build clean FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +58,12 @@ port: $(VENV)/.torch $(VENV)/.extra-examples ## move a training run from PyTorch
 test: $(VENV)/.torch $(VENV)/.extra-tests $(VENV)/.extra-notebooks ## run the tests, including those against PyTorch
 	@echo "test: running pytest"
 	@$(BIN)/python -m pytest -m "not notebook and not script" --numprocesses auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# The folder for compiled programs makes the tests compile them as users do: see tests/conftest.py.
+test-device: $(VENV)/.extra-tests ## run the tests for a GPU or a TPU; DEVICE=cpu tries them without one
+	@$(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(BIN)/python tests/test_device.py "$(DEVICE)"
+	@cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT && export JAX_COMPILATION_CACHE_DIR="$$cache" \
+	&& $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(BIN)/python -m pytest -m "device and not script" $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.torch $(VENV)/.extra-tests ## read files of other libraries that are changed at random; FUZZ=20000 is their number for each source
 	@echo "fuzz: $(FUZZ) changed files for each source"

@@ -5,6 +5,7 @@ Run it from the project's folder:
 - ``python -m benchmarks`` measures all parts.
 - ``python -m benchmarks step eager`` measures some of them.
 - ``--full`` measures every combination, in more rounds.
+- ``--device`` measures steps on the GPU or TPU that JAX sees, see ``benchmarks.device``.
 - ``--report`` measures nothing. It writes the tables of the last results into ``benchmarks/RESULTS.md`` and
   ``README.md``, and the pictures beside the results.
 
@@ -18,12 +19,12 @@ import time
 
 import jax
 
-from benchmarks import report
+from benchmarks import device, report
 from benchmarks.measure import save, this_device
 
 PARTS = (
     "step", "tracing", "eager", "training", "recording", "centered",
-    "storage", "rounding", "loss", "compressed", "collectives",
+    "storage", "rounding", "loss", "compressed", "collectives", "layouts", "exchanged", "meshes",
 )  # fmt: skip
 
 
@@ -32,13 +33,16 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
     parser.add_argument("--full", action="store_true", help="every combination and more rounds; takes much longer")
     parser.add_argument("--report", action="store_true", help="measure nothing; write tables and pictures")
+    parser.add_argument("--device", action="store_true", help="measure steps on the GPU or TPU that JAX sees")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     if options.report:
         write_report()
         return
-    for part in options.parts:
+    if options.device and (reason := device.refusal(jax.default_backend())):
+        parser.error(reason)
+    for part in ("device",) if options.device else options.parts:
         measure(part, options.full)
 
 

@@ -92,6 +92,15 @@ def empty_step(transformation: optax.GradientTransformation, count: int) -> Step
     return jax_step(empty.lower(grads, state, grads).compile(), transformation.init, grads)
 
 
+def has_torch() -> bool:
+    """Whether PyTorch computes on the kind of device that JAX uses: a CPU or a GPU of NVIDIA."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and torch.cuda.is_available())
+
+
 def torch_step(shapes: list[Shape], dtype: str, *, foreach: bool, compiled: bool = False, **arguments: Any) -> Step:
     """``torch.optim.RMSprop.step`` on the kind of device that JAX uses; on a CPU with one thread or all: the faster."""
     import torch  # here, since benchmarks.compiled does without it

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import storage_tables
+from benchmarks import layout_tables, storage_tables
 from benchmarks.cells import Row, markdown, milliseconds, spread
 from benchmarks.measure import RESULTS, load
 
@@ -136,6 +136,30 @@ def compiled_table(rows: list[Row]) -> str:
     )
 
 
+def device_table(rows: list[Row]) -> str:
+    """Our step on an accelerator: its bandwidth over that of the copy, and its time over everybody else's."""
+    peers = ("optax", "torch", "torch foreach", "torch compiled")
+
+    def share(row: Row) -> str:
+        needed = (row["copied"] + row["gradients"]) / row["copied"]
+        return f"{100 * needed / row['ratio']['copy']['median']:.0f}"
+
+    return markdown(
+        [
+            *("parameters", "setting", "dtype", "ours, ms", "GB/s", "bandwidth, % of copy"),
+            *(f"÷ {peer}" for peer in peers),
+            "empty call, ms",
+        ],
+        (
+            [row["tree"], row["variant"], row["dtype"], milliseconds(row["seconds"]["ours"])]
+            + [f"{(row['copied'] + row['gradients']) / row['seconds']['ours'] / 1e9:.0f}", share(row)]
+            + [spread(row["ratio"].get(peer)) for peer in peers]
+            + [milliseconds(row["seconds"]["empty call"])]
+            for row in rows
+        ),
+    )
+
+
 # The tables of each part, by the name that their markers begin with.
 TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "step": {"step": step_table, "memory": memory_table},
@@ -145,7 +169,9 @@ TABLES: dict[str, dict[str, Callable[[list[Row]], str]]] = {
     "recording": {"recording": recording_table},
     "centered": {"centered": centered_table},
     "compiled": {"compiled": compiled_table},
+    "device": {"device": device_table},
     **storage_tables.TABLES,
+    **layout_tables.TABLES,
 }
 
 

@@ -13,7 +13,8 @@ import jax
 
 from benchmarks import peers
 from benchmarks.measure import Step, compared, in_turns, seconds
-from benchmarks.trees import TREES, parameters
+from benchmarks.trees import HUGE, TREES, parameters
+from rmsprop_jax import storage
 
 # tree, variants, dtypes and whether all peers take part, torch.compile (which spends long compiling) and Keras too.
 Selection = tuple[str, tuple[str, ...], tuple[str, ...], bool]
@@ -27,7 +28,7 @@ SOME: list[Selection] = [
     ("GPT-2 small", peers.BOTH_ENDS, ("float32",), False),
     ("EfficientNet-B0", peers.BOTH_ENDS, ("float32",), False),
 ]
-ALL: list[Selection] = [(tree, tuple(peers.VARIANTS), ("float32", "bfloat16"), True) for tree in TREES]
+ALL: list[Selection] = [(tree, tuple(peers.VARIANTS), ("float32", "bfloat16"), True) for tree in TREES if tree != HUGE]
 
 
 def measure(full: bool) -> list[dict[str, Any]]:
@@ -41,28 +42,34 @@ def measure(full: bool) -> list[dict[str, Any]]:
 
 
 def row(tree: str, variant: str, dtype: str, everybody: bool) -> dict[str, Any]:
+    """``dtype`` is that of all arrays. With "8 bits", it is that of our state, and everything else is in float32."""
     shapes, arguments = TREES[tree], peers.VARIANTS[variant]
-    grads = peers.arrays(shapes, dtype, seed=1)
+    makers, number = dict(peers.TRANSFORMATIONS), dtype
+    if dtype == "8 bits":
+        makers["ours"], number = (lambda **arguments: storage.compress(peers.ours(**arguments), 8)), "float32"
+    grads = peers.arrays(shapes, number, seed=1)
     like_params = jax.eval_shape(lambda: grads)
     steps: dict[str, Step] = {}
     memory = {}
-    for name, make in peers.TRANSFORMATIONS.items():
+    for name, make in makers.items():
         transformation = make(**arguments)
         compiled = peers.compiled_step(transformation, like_params)
         memory[name] = bytes_per_parameter(
             compiled, jax.eval_shape(transformation.init, like_params), parameters(shapes)
         )
         steps[name] = peers.jax_step(compiled, transformation.init, grads)
-    steps["torch"] = peers.torch_step(shapes, dtype, foreach=False, **arguments)
-    steps["torch foreach"] = peers.torch_step(shapes, dtype, foreach=True, **arguments)
-    if everybody:
-        steps["torch compiled"] = peers.torch_step(shapes, dtype, foreach=False, compiled=True, **arguments)
+    if peers.has_torch():
+        steps["torch"] = peers.torch_step(shapes, number, foreach=False, **arguments)
+        steps["torch foreach"] = peers.torch_step(shapes, number, foreach=True, **arguments)
+    if everybody and peers.has_torch():
+        together = jax.default_backend() == "gpu"  # torch's own default there
+        steps["torch compiled"] = peers.torch_step(shapes, number, foreach=together, compiled=True, **arguments)
     if everybody and peers.keras and dtype == "float32":
         steps["keras"] = peers.keras_step(grads, **arguments)
-    state = jax.eval_shape(peers.ours(**arguments).init, like_params)
+    state = jax.eval_shape(makers["ours"](**arguments).init, like_params)
     kept = [array for array in jax.tree.leaves((like_params, state)) if array.ndim]
     steps["copy"] = peers.copy_step(kept)
-    steps["empty call"] = peers.empty_step(peers.ours(**arguments), len(shapes))
+    steps["empty call"] = peers.empty_step(peers.ours(**arguments), len(shapes))  # codes of one element would be none
     found = compared(in_turns(steps, rounds_within(1.5, steps)))
     return {
         "tree": tree,
@@ -72,6 +79,8 @@ def row(tree: str, variant: str, dtype: str, everybody: bool) -> dict[str, Any]:
         "parameters": parameters(shapes),
         **found,
         "bytes_per_parameter": memory,
+        "copied": 2 * size(kept),
+        "gradients": size(jax.tree.leaves(like_params)),
     }
 
 

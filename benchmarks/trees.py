@@ -1,4 +1,4 @@
-"""The shapes of the parameter trees that are measured: four regular ones, and three of real models.
+"""The shapes of the parameter trees that are measured: five regular ones, and three of real models.
 
 Of the real models only the shapes are here, written down from the architectures; the number of arrays and of
 parameters is checked by ``tests/test_benchmarks.py`` against the published ones.
@@ -69,7 +69,9 @@ def efficientnet_b0() -> Iterator[Shape]:
     yield from [(1280, 1000), (1000,)]
 
 
+HUGE = "1 × 128M"  # for accelerators
 TREES: dict[str, list[Shape]] = {
+    HUGE: [(1 << 13, 1 << 14)],
     "1 × 16M": [(1 << 24,)],
     "16 × 1M": [(1 << 20,)] * 16,
     "200 × 16k": [(1 << 14,)] * 200,

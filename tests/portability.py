@@ -48,6 +48,7 @@ NOT_NUMERIC = {
     "test_arguments.py",
     "test_compare.py",
     "test_cost.py",
+    "test_device.py",
     "test_distributed.py",  # compares bits of one machine with each other, under AVX
     "test_layers.py",
     "test_plotting.py",

@@ -242,3 +242,130 @@ def test_an_update_on_many_devices_is_compared_with_one(monkeypatch: pytest.Monk
         (x, bits) for x in collectives.LAYOUTS for bits in (8, 16)
     }
     assert all(row["same without fma"] for row in rows)
+
+
+# --- Many devices ----------------------------------------------------------------------------------------------
+
+
+def test_bytes_between_devices_are_those_of_whole_arrays() -> None:
+    from benchmarks import hlo
+
+    lines = """
+    %all-reduce-scatter.3 (input: f32[8,2]) -> f32[1,2] {
+      %a = f32[8,2]{1,0} all-reduce(%input), channel_id=1, to_apply=%add
+    }
+    ENTRY %main {
+      %b = (f32[8,2]{1,0}, f32[]) all-reduce(%x, %y), channel_id=2, to_apply=%add
+      %c = bf16[8,2]{1,0:T(8,128)} all-gather(%x), channel_id=3, dimensions={0}
+      %d = bf16[8,2]{1,0:T(8,128)} all-gather(%x), channel_id=3, dimensions={0}
+      %e = ((f32[1,2], f32[1]), (f32[8,2], f32[8])) all-gather-start(%x, %y), channel_id=4, dimensions={0}
+      %f = (f32[8,2], f32[8]) all-gather-done(%e)
+      %g = f32[1,2]{1,0} reduce-scatter(%x), channel_id=5, to_apply=%add
+      %h = ((f32[8,2]), (f32[1,2])) reduce-scatter-start(%x), channel_id=6, to_apply=%add
+      %i = (f32[8,2], f32[8,2], u32[], u32[]) collective-permute-start(%x), channel_id=7
+    }
+    """
+    assert hlo.exchanges(lines, devices=8) == [
+        ("reduce-scatter", ((16, 64),)),
+        ("all-reduce", ((16, 64), (1, 4))),
+        ("all-gather", ((16, 32),)),
+        ("all-gather", ((16, 64), (8, 32))),
+        ("reduce-scatter", ((16, 64),)),
+        ("reduce-scatter", ((16, 64),)),
+        ("collective-permute", ((16, 64),)),
+    ]
+    found = hlo.summary(lines, [(8, 2)], devices=8)
+    assert found["whole"] == 6 * 4 + 2
+    assert found["small"] == (4 + 32) / 16
+    assert found["sent"] == 7 / 8 * (2 * 68 + 64 * 3 + 32 + 96) / 16 + 4
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "tpu"])
+def test_committed_counts_have_the_gradient_as_their_control(backend: str) -> None:
+    """Replicated training sums up every gradient, so a counter that sees nothing would show here."""
+    replicated, *_, zero, compressed = measure.load("exchanged", backend)["rows"]
+    assert replicated["bytes"]["all-reduce"] == 4
+    assert zero["bytes"]["all-gather"] == compressed["bytes"]["all-gather"] == 4
+    if backend != "cpu":
+        assert zero["sent"] == pytest.approx(replicated["sent"], rel=1e-2)
+
+
+def test_committed_layouts_send_nothing_in_fsdp_and_hold_a_part_in_zero() -> None:
+    rows = measure.load("layouts")["rows"]
+    found = {(row["model"], row["layout"], row["devices"]): row for row in rows if row["what"] == "layout"}
+    for (model, layout, devices), row in found.items():
+        alone = found[model, layout, 1]
+        if layout in ("replicated", "FSDP"):
+            assert row["collectives"] == {}
+        elif devices > 1:
+            assert row["whole"] == 4
+        if layout != "replicated":
+            assert row["state"] == pytest.approx(alone["state"] / devices, rel=0.02)
+    assert all(row["collectives"] for row in rows if row["what"] == "control" and row["devices"] > 1)
+    bits = [row for row in rows if row["what"] == "bits"]
+    assert all(row["differ"] == 0 and row["one device"] for row in bits if not row["fma"])
+
+
+def test_layouts_are_counted_and_compared_on_the_devices_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import layouts
+
+    monkeypatch.setitem(trees.TREES, "tiny", [(8,), (16, 512)])
+    monkeypatch.setattr(layouts, "TRAINED", "tiny")
+    devices = jnp.zeros(1).sharding.num_devices
+    assert layouts.row("tiny", "ZeRO", devices)["state"] == 4 + 2 * 4 * (8 + 16 * 512)
+    assert layouts.control("tiny", devices)["collectives"] == {}
+    for program in ("update", "step"):
+        row = layouts.bits(program, "momentum", True, devices)
+        assert (row["differ"], row["units"]) == (0, 0)
+
+
+def test_differences_are_in_units_of_the_largest() -> None:
+    from benchmarks import layouts
+
+    x = np.array([1.0, 1e-6], np.float32)
+    assert layouts.units(x + np.float32([0, 2**-23]), x) == pytest.approx(1, rel=0.1)
+    assert layouts.units(np.uint8([3]), np.uint8([5])) == 2
+
+
+@pytest.mark.script
+def test_a_training_step_on_two_devices_sends_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import exchanged
+
+    monkeypatch.setattr(exchanged, "DEVICES", 2)
+    replicated, *_, zero, _ = exchanged.measure(full=False)
+    assert replicated["bytes"] == {"all-reduce": 4}
+    assert zero["bytes"]["all-gather"] == 4
+
+
+@pytest.mark.script
+def test_stages_before_a_step_are_measured_for_a_mesh() -> None:
+    from benchmarks import meshes
+
+    assert len(list(meshes.transformer())) == 290
+    rows = meshes.rows_of("ZeRO", (1,), [(8, 4), (4,)], rounds=1)
+    assert meshes.merged((rows[0],))["ratio"]["compile"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+# --- An accelerator --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.script
+@pytest.mark.usefixtures("torch_threads")
+def test_steps_of_a_device_are_measured_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, and small: the path that an accelerator would take."""
+    from benchmarks import device
+
+    monkeypatch.setitem(trees.TREES, "tiny", [(16, 512)])
+    monkeypatch.setattr(peers, "BOTH_ENDS", ("plain",))
+    rows = device.measure(full=False, large="tiny", small="tiny", everybody=False)
+    assert [row["dtype"] for row in rows] == [*device.DTYPES, "float32"]
+    compressed = rows[2]
+    assert compressed["copied"] == 2 * (4 + 1 + 4 / 512) * 16 * 512
+    assert "% of copy" in report.device_table(rows)
+
+
+def test_a_cpu_is_no_device() -> None:
+    from benchmarks import device
+
+    assert "only CPUs" in (device.refusal("cpu") or "")
+    assert device.refusal("gpu") is device.refusal("tpu") is None

@@ -53,6 +53,7 @@ def numbers(dtype: np.dtype, rows: int = 16, columns: int = 64) -> np.ndarray:
 # --- The codes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.device("storage")
 @pytest.mark.parametrize("dtype", [UINT8, INT8], ids=str)
 def test_codes_stand_for_the_numbers_of_the_formula(dtype: np.dtype) -> None:
     every = jnp.arange(*((256,) if dtype == UINT8 else (-127, 128)), dtype=dtype)[None]
@@ -65,6 +66,7 @@ def test_codes_stand_for_the_numbers_of_the_formula(dtype: np.dtype) -> None:
     np.testing.assert_allclose(got[-1], 3 * largest, rtol=1e-6)
 
 
+@pytest.mark.device("storage")
 @every_kind
 def test_what_was_decoded_gets_the_same_codes_again(dtype: np.dtype) -> None:
     """Whatever the noise is: a number that is a level is never moved."""
@@ -77,6 +79,7 @@ def test_what_was_decoded_gets_the_same_codes_again(dtype: np.dtype) -> None:
         np.testing.assert_allclose(nearest.scale, before.scale, rtol=3e-7)  # two roundings
 
 
+@pytest.mark.device("storage")
 @pytest.mark.parametrize("dtype", [UINT8, INT8], ids=str)
 def test_a_number_becomes_one_of_its_two_neighbors(dtype: np.dtype) -> None:
     x = numbers(dtype)
@@ -89,6 +92,7 @@ def test_a_number_becomes_one_of_its_two_neighbors(dtype: np.dtype) -> None:
     assert ((above.mean((1, 2)) > 0.2) & (above.mean((1, 2)) < 0.8)).all()
 
 
+@pytest.mark.device("storage")
 def test_sixteen_bits_are_one_of_two_neighbors_in_bfloat16() -> None:
     x = numbers(BFLOAT16).astype(np.float32)
     down = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
@@ -98,6 +102,7 @@ def test_sixteen_bits_are_one_of_two_neighbors_in_bfloat16() -> None:
     assert (np.abs((got == up).mean((1, 2)) - 0.5) < 0.1).all()
 
 
+@pytest.mark.device("storage")
 @every_kind
 def test_the_mean_of_many_codes_is_the_number(dtype: np.dtype) -> None:
     x = numbers(dtype)

@@ -69,6 +69,7 @@ def test_step_reads_and_writes_no_more_than(name: str) -> None:
     assert size / 2 < counted[1] <= size  # half of it could not even visit every array once
 
 
+@pytest.mark.device("donation")
 @pytest.mark.parametrize("name", COSTS)
 def test_step_allocates_nothing(name: str) -> None:
     assert compiled_step(name).memory_analysis().temp_size_in_bytes < 1024
@@ -82,6 +83,7 @@ def lowered_update(count: int) -> str:
     return lowered
 
 
+@pytest.mark.device("program")
 def test_mathematics_of_one_shape_is_lowered_once() -> None:
     assert lowered_update(20).count("stablehlo.sqrt") == 1
 
@@ -106,6 +108,7 @@ def test_numbers_that_no_equation_names_stay_out_of_the_program() -> None:
     assert len(scalars) == 4  # lr, alpha, eps, and the step
 
 
+@pytest.mark.device("program")
 def test_rebuilt_transformation_compiles_nothing_outside_jit(caplog: pytest.LogCaptureFixture) -> None:
     params = jnp.ones(1013)  # a shape of its own, so that no other test has compiled the program
     state = rmsprop(momentum=0.9).init(params)

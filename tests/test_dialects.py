@@ -136,6 +136,7 @@ def difference(library: str, case: str, dtype: str, scale: Any = None) -> Error:
     return max(errors, key=lambda error: error.size)
 
 
+@pytest.mark.device("dialects")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("library", "case"), cases(*LIBRARIES))
 def test_dialect_is_the_recorded_library(request: pytest.FixtureRequest, library: str, case: str, dtype: str) -> None:

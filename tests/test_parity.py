@@ -263,6 +263,7 @@ def assert_parity(params: Tree, gradients: Gradients, *, jit: bool = False, **op
 # --- Every configuration ---------------------------------------------------------------------------------
 
 
+@pytest.mark.device("parity")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("options", GRID, ids=named)
 def test_parameters_and_every_slot_follow_torch(options: dict, precision: str) -> None:

@@ -208,11 +208,13 @@ def test_compiled_update_is_the_one_outside_jit(group: str) -> None:
     assert_is_loop(compiled(group).last, {name: looped(name)[STEPS] for name in GROUPS[group][1]})
 
 
+@pytest.mark.device("program")
 @every_group
 def test_step_is_traced_and_compiled_once(group: str) -> None:
     assert (compiled(group).traces, compiled(group).programs) == (1, 1)
 
 
+@pytest.mark.device("donation")
 @every_group
 def test_donated_buffers_are_all_used(group: str) -> None:
     assert [name for name, flags in compiled(group).deleted.items() if not flags or not all(flags)] == []
@@ -268,6 +270,7 @@ def test_vmap_over_models_is_each_model() -> None:
         assert_is_loop(jax.tree.map(lambda x, i=i: x[i], together), train(*one))
 
 
+@pytest.mark.device("program")
 @every
 def test_update_outside_jit_is_one_program(name: str) -> None:
     program = jax.make_jaxpr(built(name).update)(GRADIENTS[0], looped(name)[0][1], PARAMS)

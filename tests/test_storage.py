@@ -88,6 +88,7 @@ def test_every_large_slot_rests_in_the_codes_of_its_field(name: str, bits: int) 
     assert len(found) == len(wanted)
 
 
+@pytest.mark.device("storage")
 @BITS
 @pytest.mark.parametrize("name", INNER)
 def test_bytes_of_a_value(name: str, bits: int) -> None:
@@ -196,6 +197,7 @@ def test_a_state_that_is_itself_like_the_parameters_needs_a_word() -> None:
 # --- What an update does -------------------------------------------------------------------------------------
 
 
+@pytest.mark.device("storage")
 @BITS
 @pytest.mark.parametrize("name", [name for name in INNER if INNER[name][1]])
 def test_an_update_is_that_of_the_transformation_inside_from_the_decoded_state(name: str, bits: int) -> None:
@@ -223,6 +225,7 @@ def test_an_update_is_that_of_the_transformation_inside_from_the_decoded_state(n
     assert_same(rest(wanted_state), rest(after.inner_state))
 
 
+@pytest.mark.device("storage")
 @pytest.mark.parametrize(("bits", "mean", "rms"), [(8, 0.02, 0.10), (16, 0.005, 0.01)])
 def test_an_average_stays_near_that_in_float32(bits: int, mean: float, rms: float) -> None:
     """Nearest rounding fails this: in bfloat16 at 0.99, an average is 6 % too large after gradients fell to a tenth."""
@@ -267,6 +270,7 @@ def test_slots_of_different_fields_round_differently() -> None:
     assert 0.2 < (trace != squares).mean() < 0.8
 
 
+@pytest.mark.device("storage")
 @BITS
 def test_no_gradient_not_finite_poisons_a_row(bits: int) -> None:
     tx = compress(rmsprop(0.01, momentum=0.9, centered=True), bits)
@@ -292,6 +296,7 @@ def test_no_gradient_not_finite_poisons_a_row(bits: int) -> None:
 # --- A citizen of JAX ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.device("storage")
 @BITS
 def test_jit_scan_donation_and_eager_calls_give_the_same_codes(bits: int) -> None:
     tx = compress(rmsprop(0.01, momentum=0.9), bits)

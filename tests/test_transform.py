@@ -55,6 +55,7 @@ def assert_is_reference(moments: Any, expected: Any, rtol: float) -> None:
 # --- The equations ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.device("parity")
 @pytest.mark.parametrize(
     ("momentum", "centered", "weight_decay", "maximize"),
     list(itertools.product((0, 0.9), (False, True), (0, 0.1), (False, True))),
@@ -69,6 +70,7 @@ def test_every_step_is_the_published_rule(
     assert_is_reference(run(rmsprop(**setting), jnp.asarray(param), grads), expected, rtol=1e-12)
 
 
+@pytest.mark.device("parity")
 @pytest.mark.parametrize(
     ("eps_in_sqrt", "initial_scale", "bias_correction", "centered", "momentum"),
     [
@@ -470,6 +472,7 @@ def test_square_does_not_overflow_where_torch_does_not() -> None:
 # --- Centered --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.device("centered")
 @pytest.mark.parametrize(("dtype", "eps"), [("float32", 1e-8), ("bfloat16", 1e-8), ("float16", 1e-2)])
 def test_centered_stays_finite_on_constant_gradients(dtype: str, eps: float) -> None:
     tx = rmsprop(lr=1e-3, eps=eps, momentum=0.9, centered=True)
@@ -485,6 +488,7 @@ def test_centered_stays_finite_on_constant_gradients(dtype: str, eps: float) -> 
     assert smallest.min() >= 0
 
 
+@pytest.mark.device("centered")
 @pytest.mark.parametrize("noise", [1e-2, 1e-3, 1e-4])
 def test_centered_variance_is_as_accurate_as_its_mean(noise: float) -> None:
     """What is left is the rounding of ``grad_avg``, eps/2 of a mean of 1, against deviations of size ``noise``.
