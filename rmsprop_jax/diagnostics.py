@@ -190,8 +190,9 @@ def statistics(
     Half precision is computed in float32. A complex leaf counts as two real ones. The statistics have no derivatives.
 
     On a mesh, they are those of whole arrays. Devices exchange sums and counts, and no array. Inside ``jax.shard_map``
-    too: an array that varies over an axis of the mesh counts as one shard of a whole. (With ``check_vma=False``,
-    and in JAX 0.6.0, nobody knows what varies, and the statistics are those of the shard at hand.)
+    too: an array that varies over an axis of the mesh counts as one shard of a whole. (For independent models, one per
+    device, use ``jax.vmap``, whose statistics stay apart. With ``check_vma=False``, and in JAX 0.6.0, JAX does not track
+    what varies, and the statistics are those of the local shard.)
 
     Args:
       tx: the transformation that made the update; see :func:`effective_learning_rate`.

@@ -379,7 +379,7 @@ def _count_below(x: jax.Array, own: jax.Array, whole: jax.Array) -> jax.Array:
 # --- Inside jax.shard_map ------------------------------------------------------------------------------------
 #
 # An array that varies over an axis of the mesh is one shard of a whole, so the figures add up over that axis. JAX knows
-# which arrays vary if it checks it (check_vma, the default). Else the figures are those of the shard at hand.
+# which arrays vary only with check_vma=True, the default. Otherwise, the figures are those of the local shard.
 
 
 def _over_shards(reduce: Callable[[Any, tuple[str, ...]], Any], x: Any, axes: tuple[str, ...]) -> Any:

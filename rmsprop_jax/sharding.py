@@ -138,9 +138,10 @@ def zero(
         update, state ← tx.update(gradient, state)             on this part alone
         update ← the parts of all devices                      all-gather
 
-    The numbers are those of ``tx`` alone, but a device holds and updates only 1/n of the state, where n is the size of
-    the axis. Training with replicated gradients sends the same number of bytes: an all-reduce is a reduce-scatter and
-    an all-gather. (XLA makes reduce-scatters on GPUs and TPUs. On CPUs, an all-reduce stays one.)
+    From the same gradients, updates and state are those of ``tx`` alone, but a device holds and updates only 1/n of the
+    state, where n is the size of the axis. Training with replicated gradients sends the same number of bytes: an
+    all-reduce is a reduce-scatter and an all-gather. (XLA makes reduce-scatters on GPUs and TPUs. On CPUs, an
+    all-reduce stays one.) In 8 bits, an array that is split along its last axis also sends the maxima of its rows.
 
     It must be the outermost transformation: clipping, schedules and ``storage.compress`` go inside of it. So do
     ``optax.MultiSteps``, ``masked``, ``partition`` and ``inject_hyperparams``. Call it in ``jax.jit``, not in
