@@ -191,8 +191,8 @@ def statistics(
 
     On a mesh, they are those of whole arrays. Devices exchange sums and counts, and no array. Inside ``jax.shard_map``
     too: an array that varies over an axis of the mesh counts as one shard of a whole. (For independent models, one per
-    device, use ``jax.vmap``, whose statistics stay apart. With ``check_vma=False``, and in JAX 0.6.0, JAX does not track
-    what varies, and the statistics are those of the local shard.)
+    device, use ``jax.vmap``, whose statistics stay apart. With ``check_vma=False``, and in JAX 0.6.0, JAX does not
+    track what varies, and the statistics are those of the local shard.)
 
     Args:
       tx: the transformation that made the update; see :func:`effective_learning_rate`.
