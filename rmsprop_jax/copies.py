@@ -63,8 +63,11 @@ def _of_all_processes(
 def _own_checksums(x: jax.Array) -> dict[jax.Device, np.ndarray]:
     """Two words for what each device of this process holds of ``x``."""
     sharding: Any = x.sharding
-    if sharding.memory_kind not in (None, "device"):  # offloaded
-        x = jax.device_put(x, sharding.with_memory_kind("device"))
+    here = next(iter(sharding.addressable_devices), None)
+    if here is None:  # all of it is in other processes
+        return {}
+    if sharding.memory_kind not in (None, here.default_memory().kind):  # offloaded
+        x = jax.device_put(x, sharding.with_memory_kind(here.default_memory().kind))
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     with _within(sharding.mesh):

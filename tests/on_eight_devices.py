@@ -320,7 +320,7 @@ def test_extra_arguments_reach_the_transformation_inside() -> None:
     def update(updates: Any, state: Any, params: Any = None, *, factor: float) -> Any:
         return jax.tree.map(lambda x: factor * x, updates), state
 
-    tx = sharding.zero(optax.GradientTransformationExtraArgs(optax.init_empty_state, update), params, "data")
+    tx = sharding.zero(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update), params, "data")
     assert_same(tx.update(params, tx.init(params), factor=2.0)[0]["b"], 2 * WHOLE["b"])
 
 
@@ -536,12 +536,26 @@ def test_copies_that_are_equal_bit_for_bit_pass() -> None:
     assert sharding.check_replicas({}) == 0
     with pytest.raises(ValueError, match="tree is traced, so it has no copies yet"):
         jax.jit(lambda x: sharding.check_replicas(x) and x)(jnp.ones(3))
+    for kind in memory_kinds():
+        assert sharding.check_replicas(jax.device_put(jnp.ones(3), replicated.with_memory_kind(kind))) == 1
     gone = jax.device_put(jnp.ones(3), replicated)
     gone.delete()
     with pytest.raises(ValueError, match=r"tree\['gone'\] has been deleted"):
         sharding.check_replicas({"gone": gone})
     with jax.set_mesh(make_mesh(shape=(8,))) if hasattr(jax, "set_mesh") else contextlib.nullcontext():
         assert sharding.check_replicas(tree) == 4  # on another mesh than that of the context
+
+
+def memory_kinds() -> set[str]:
+    return {memory.kind for memory in jax.devices()[0].addressable_memories()}
+
+
+def test_a_state_is_in_the_memory_of_its_parameters() -> None:
+    for kind in memory_kinds():
+        place = NamedSharding(make_mesh(), P(None, "model"), memory_kind=kind)
+        params = jax.device_put(WHOLE["w"], place)
+        for axis in (None, "data"):
+            assert sharding.shardings(rmsprop(), params, axis).square_avg.memory_kind == kind
 
 
 def test_checking_copies_moves_no_array() -> None:
