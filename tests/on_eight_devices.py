@@ -181,6 +181,8 @@ def test_an_axis_is_added_only_where_it_divides() -> None:
         "small": (),
         "three": (None, None, "data"),
     }
+    halved = jax.device_put(jnp.ones((24, 40)), NamedSharding(mesh, P(None, "model")))  # 20 columns are left
+    assert tuple(sharding.shardings(rmsprop(), halved, "data").square_avg.spec) == ("data", "model")
     from_65 = sharding.shardings(rmsprop(), params, "data", min_size=65).square_avg
     assert [name for name in shapes if "data" in from_65[name].spec] == ["rows only", "three"]
     from_64 = sharding.shardings(rmsprop(), params, "data", min_size=64).square_avg
